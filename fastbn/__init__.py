@@ -1,0 +1,48 @@
+"""Batch normalization for NumPy on CPUs: fast kernels, PyTorch's layers, folding for deployment."""
+
+from __future__ import annotations
+
+
+from fastbn import functional
+from fastbn._engine import (
+    available_backends,
+    get_backend,
+    get_num_threads,
+    set_backend,
+    set_num_threads,
+    show_config,
+    use_backend,
+)
+from fastbn.folding import fold_conv, fold_into_next_conv, fold_linear, fold_scale_shift, fold_state_dict
+from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_forward, moments, scale_shift
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, ScaleShift
+from fastbn.moments import Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Moments",
+    "ScaleShift",
+    "__version__",
+    "available_backends",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "fold_conv",
+    "fold_into_next_conv",
+    "fold_linear",
+    "fold_scale_shift",
+    "fold_state_dict",
+    "functional",
+    "get_backend",
+    "get_num_threads",
+    "moments",
+    "scale_shift",
+    "set_backend",
+    "set_num_threads",
+    "show_config",
+    "use_backend",
+]

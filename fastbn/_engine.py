@@ -1,0 +1,213 @@
+"""Which backend computes, on how many threads, and what this machine looks like.
+
+A backend is a module of `fastbn.backends` with the same few kernels. None is imported before a kernel is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+BACKENDS = {
+    "numba": "fastbn.backends.numba_",
+    "cython": "fastbn.backends.cython_",
+    "numpy": "fastbn.backends.numpy_",
+}
+
+# The process-wide choice, resolved at first use, and the one of a `use_backend` block (own to its thread or task).
+_default: Any = None
+_override: ContextVar[Any] = ContextVar("fastbn_backend", default=None)
+_num_threads = 0  # 0: not resolved yet
+_forked = False
+
+
+def kernels() -> Any:
+    """The backend module in force."""
+    return _override.get() or _default or _resolve_default()
+
+
+def _resolve_default() -> Any:
+    global _default
+    chosen = os.environ.get("FASTBN_BACKEND", "")
+    _default = _load(chosen, "FASTBN_BACKEND: ") if chosen else _first_available()
+    return _default
+
+
+def _load(name: str, context: str = "") -> Any:
+    """Import a backend by its name; an unknown or unusable one is an error that says what could be had."""
+    if not isinstance(name, str):
+        raise TypeError(f"{context}backend must be a str, one of {', '.join(BACKENDS)}; got {type(name).__name__}")
+    if name not in BACKENDS:
+        raise ValueError(f"{context}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except ImportError as error:
+        available = ", ".join(available_backends())
+        raise RuntimeError(f"{context}backend {name!r} cannot be used here ({error}); available: {available}") from error
+
+
+def _first_available() -> Any:
+    return importlib.import_module(BACKENDS[available_backends()[0]])
+
+
+@functools.cache
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(BACKENDS[name])
+    except ImportError:
+        return False
+    return True
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can be imported here, in order of preference.
+
+    Returns
+    -------
+    tuple of str
+        Some of ``"numba"``, ``"cython"``, ``"numpy"``; the last is always there.
+    """
+    return tuple(name for name in BACKENDS if _importable(name))
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for the whole process.
+
+    Parameters
+    ----------
+    name : {"numba", "cython", "numpy"}
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    RuntimeError
+        If this backend cannot be imported here. The choice in force stays.
+    """
+    global _default
+    _default = _load(name)
+
+
+def get_backend() -> str:
+    """Name of the backend in force: ``"numba"``, ``"cython"`` or ``"numpy"``."""
+    return str(kernels().NAME)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block, for the current thread (or asyncio task) only.
+
+    Parameters
+    ----------
+    name : {"numba", "cython", "numpy"}
+        As for `set_backend`, with the same errors.
+    """
+    token = _override.set(_load(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def usable_cpus() -> int:
+    """Number of CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that both compiled backends use.
+
+    Results are bitwise the same for any number of threads.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to the number of usable CPUs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is no integer, or out of range. The setting in force stays.
+    """
+    global _num_threads
+    _num_threads = _checked_threads(n, "number of threads")
+
+
+def get_num_threads() -> int:
+    """Number of threads that the compiled backends use: `set_num_threads`, else ``FASTBN_NUM_THREADS``, else all CPUs.
+
+    A child process made by ``os.fork`` computes on one thread, because the OpenMP runtimes do not survive a fork.
+    """
+    global _num_threads
+    if _forked:
+        return 1
+    if not _num_threads:
+        text = os.environ.get("FASTBN_NUM_THREADS", "").strip()
+        _num_threads = _threads_from_text(text) if text else usable_cpus()
+    return _num_threads
+
+
+def _threads_from_text(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ValueError(f"FASTBN_NUM_THREADS must be an integer from 1 to {usable_cpus()}, got {text!r}") from None
+    return _checked_threads(number, "FASTBN_NUM_THREADS")
+
+
+def _checked_threads(n: int, what: str) -> int:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"{what} must be an integer, got {type(n).__name__}")
+    if not 1 <= n <= usable_cpus():
+        raise ValueError(f"{what} must be from 1 to {usable_cpus()}, the number of usable CPUs; got {n}")
+    return int(n)
+
+
+def _after_fork_in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@functools.cache
+def cache_bytes(level: int) -> int:
+    """Size of the level 2 or 3 cache in bytes, or a common one where the system does not say."""
+    try:
+        size = os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        size = 0
+    return size if size > 0 else {2: 1 << 20, 3: 16 << 20}[level]
+
+
+def show_config() -> None:
+    """Print versions, backends, threads, CPU features and the compile cache's folder."""
+    from fastbn import __version__
+
+    backend = kernels()
+    rows = [
+        ("fastbn", __version__),
+        ("Python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})"),
+        ("NumPy", np.__version__),
+        ("backend", f"{backend.NAME} (available: {', '.join(available_backends())})"),
+        ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs"),
+        ("caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
+    ]
+    for name in available_backends():
+        rows += importlib.import_module(BACKENDS[name]).describe()
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        print(f"{key:<{width}}  {value}")

@@ -1,0 +1,197 @@
+"""The kernels in plain NumPy: what the compiled twins must compute, short enough to check by eye.
+
+All arithmetic is in float64, a few samples at a time, and is rounded once to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+NAME = "numpy"
+BLOCK = 1 << 16  # values that are worked on at once
+
+
+def describe() -> list[tuple[str, str]]:
+    """What `show_config` says about this backend."""
+    return []
+
+
+def warmup() -> None:
+    """Nothing to prepare."""
+
+
+def sign_words(n: int, c: int, s: int) -> int:
+    """Number of uint16 words that `signs` needs: one bit a value."""
+    return -(-n * c * s // 16)
+
+
+def merge(count_a: int, mean_a: Array, m2_a: Array, count_b: int, mean_b: Array, m2_b: Array) -> tuple[Array, Array]:
+    """Mean and m2 of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite."""
+    if not count_a:
+        return mean_b, m2_b
+    share = count_b / (count_a + count_b)
+    with np.errstate(all="ignore"):
+        delta = mean_b - mean_a
+        mean = np.where(np.isfinite(delta), mean_a + delta * share, mean_a + mean_b)
+        return mean, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
+    """Mean and sum of squared deviations of every channel, block by block."""
+    count = 0
+    mean[:] = m2[:] = 0.0
+    with np.errstate(all="ignore"):
+        for part in _parts(n, c, s):
+            block = _wide(x, n, c, s)(part)
+            block_mean = block.mean((0, 2))
+            # The mean of a constant need not be that constant; its distance from any of the block's values is harmless.
+            block_mean = np.where((block == block[:1, :, :1]).all((0, 2)), block[0, :, 0], block_mean)
+            size = block.shape[0] * block.shape[2]
+            merged = merge(count, mean, m2, size, block_mean, np.square(block - block_mean[:, None]).sum((0, 2)))
+            mean[:], m2[:] = merged
+            count += size
+
+
+def forward(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float,
+    slope: float,
+    n: int,
+    c: int,
+    s: int,
+    y: Array,
+    signs: Array,
+    stats: Array,
+    affine: Array,
+) -> None:
+    """Training: the batch's statistics, then the output."""
+    mean, var, invstd = stats
+    moments(x, n, c, s, mean, var)
+    with np.errstate(all="ignore"):
+        var /= n * s
+        invstd[:] = 1 / np.sqrt(var + eps)
+        affine[0] = mean
+        affine[1] = (weight if weight.size else 1.0) * invstd
+        affine[2] = bias if bias.size else 0.0
+    transform(x, residual, affine, slope, n, c, s, y, signs)
+
+
+def fold(
+    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float, stats: Array, affine: Array
+) -> None:
+    """Inference: statistics and one scale and shift a channel from the running ones."""
+    with np.errstate(all="ignore"):
+        stats[0] = running_mean
+        stats[1] = running_var
+        stats[2] = 1 / np.sqrt(stats[1] + eps)
+        affine[0] = 0.0
+        affine[1] = (weight if weight.size else 1.0) * stats[2]
+        affine[2] = (bias if bias.size else 0.0) - stats[0] * affine[1]
+
+
+def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
+    with np.errstate(all="ignore"):
+        running_mean[:] = (1 - factor) * running_mean.astype(np.float64) + factor * stats[0]
+        running_var[:] = (1 - factor) * running_var.astype(np.float64) + factor * (count / (count - 1)) * stats[1]
+
+
+def transform(
+    x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
+) -> None:
+    """y = activation((x - center) * scale + shift + residual)."""
+    out = y.reshape(n, c, s)
+    open_ = np.empty((n, c, s), bool) if signs.size else None
+    with np.errstate(all="ignore"):
+        for part in _parts(n, c, s):
+            z = _preactivation(_wide(x, n, c, s)(part), affine)
+            if residual.size:
+                z += _wide(residual, n, c, s)(part)
+            if slope != 1.0:
+                positive = ~(z <= 0)  # NaN is let through
+                if open_ is not None:
+                    open_[part] = positive
+                z = _activated(z, positive, slope)
+            out[part] = z
+    if open_ is not None:
+        packed = np.packbits(open_)
+        signs.view(np.uint8)[: packed.size] = packed
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    training: bool,
+    slope: float,
+    signs: Array,
+    n: int,
+    c: int,
+    s: int,
+    dx: Array,
+    dresidual: Array,
+    dweight: Array,
+    dbias: Array,
+) -> None:
+    """Gradients of input, residual, weight and bias (Ioffe and Szegedy 2015, section 3)."""
+    mean, _, invstd = (row[:, None] for row in stats)
+    scale = affine[1][:, None]
+    open_ = np.unpackbits(signs.view(np.uint8), count=n * c * s).reshape(n, c, s) if signs.size else None
+
+    def gradient(part: Any) -> Array:
+        g = _wide(dy, n, c, s)(part)
+        if slope == 1.0:
+            return g
+        if open_ is not None:
+            return _activated(g, open_[part] == 1, slope)
+        return _activated(g, ~(_preactivation(_wide(x, n, c, s)(part), affine) <= 0), slope)
+
+    sum_dy = np.zeros((c, 1))
+    dot = np.zeros((c, 1))
+    with np.errstate(all="ignore"):
+        for part in _parts(n, c, s):
+            g = gradient(part)
+            sum_dy[:, 0] += g.sum((0, 2))
+            dot[:, 0] += (g * (_wide(x, n, c, s)(part) - mean)).sum((0, 2))
+        dweight[:] = (dot * invstd)[:, 0]
+        dbias[:] = sum_dy[:, 0]
+        for part in _parts(n, c, s):
+            g = gradient(part)
+            if dresidual.size:
+                dresidual.reshape(n, c, s)[part] = g
+            if training:
+                g = g - sum_dy / (n * s) - (_wide(x, n, c, s)(part) - mean) * (dot * invstd**2 / (n * s))
+            dx.reshape(n, c, s)[part] = scale * g
+
+
+def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of (n, c, s) with about `BLOCK` values each: some samples, or a piece of one."""
+    samples = max(1, BLOCK // (c * s))
+    length = max(1, BLOCK // c)
+    for first in range(0, n, samples):
+        for column in range(0, s, length):
+            yield slice(first, first + samples), slice(None), slice(column, column + length)
+
+
+def _wide(x: Array, n: int, c: int, s: int) -> Any:
+    """x as float64, part by part."""
+    return lambda part: x.reshape(n, c, s)[part].astype(np.float64)
+
+
+def _preactivation(x: Array, affine: Array) -> Array:
+    center, scale, shift = affine[:, :, None]
+    return (x - center) * scale + shift
+
+
+def _activated(z: Array, positive: Array, slope: float) -> Array:
+    return np.where(positive, z, 0.0 if slope == 0.0 else slope * z)

@@ -1,0 +1,436 @@
+"""Batch normalization as functions of arrays. Validation ends here, kernels begin.
+
+The public functions follow PyTorch's `torch.nn.functional` and NumPy's ``axis=``, ``out=``. Those with a leading
+underscore are what the layers are made of: they take checked vectors and keep what the backward pass needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn._arrays import (
+    EMPTY,
+    NO_SIGNS,
+    Array,
+    View,
+    channel_vector,
+    check_out,
+    flat,
+    floating,
+    same_layout,
+    view,
+    writable_in_place,
+)
+from fastbn._engine import kernels
+from fastbn._memory import empty_like
+from fastbn.moments import Moments
+
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_forward", "moments", "scale_shift"]
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    x: View
+    stats: Array  # (3, C) float64: mean, var, invstd
+    affine: Array  # (3, C) float64: center, scale, shift
+    signs: Array  # of the activation, where it cannot be computed again from x
+    slope: float
+    batch: bool  # whether the statistics were the batch's own
+    residual: bool
+    overwritten: bool  # the output lies over x
+
+
+# --- public functions ---------------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    x: ArrayLike,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Batch normalization, as `torch.nn.functional.batch_norm`.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        At least one-dimensional; axis `axis` has the C channels.
+    running_mean, running_var : (C,) array of float32 or float64, or None
+        Running statistics, both or neither. In training they are updated in place: mean and unbiased variance of the
+        batch enter with weight `momentum`. Without training they are what `x` is normalised with.
+    weight, bias : (C,) array_like, optional
+        Scale and shift of the normalised values; 1 and 0 if not given.
+    training : bool
+        Normalise with the batch's own mean and biased variance.
+    momentum : float
+        Weight of the new statistics.
+    eps : float
+        Added to the variance; positive in training, else not negative.
+    axis : int
+        The channel axis.
+    out : array, optional
+        Takes the result; `x` itself is allowed.
+
+    Returns
+    -------
+    array
+        Like `x`.
+
+    Raises
+    ------
+    ValueError
+        For wrong shapes, an `eps` out of range, running statistics that are missing or incomplete, or a single value
+        per channel in training.
+    TypeError
+        For a dtype that is not supported.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015.
+    """
+    array = floating(x)
+    xv = view(_at_least_1d(array), axis)
+    weight, bias = _parameters(weight, bias, xv.c)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None or running_var is None:
+        if not training:
+            raise ValueError("running_mean must be defined in evaluation mode")
+        running = None
+    else:
+        running = _of_one_dtype(*_running_vectors(running_mean, running_var, xv.c, update=training))
+    if training:
+        y, saved = _normalize_batch(xv, None, weight, bias, eps, 1.0, out)
+        if running is not None and xv.flat.size:
+            _update_running(running, saved.stats, xv.n * xv.s, momentum)
+            _write_back(running, (running_mean, running_var))
+        return y
+    assert running is not None
+    return _normalize_running(xv, None, weight, bias, running[0], running[1], eps, 1.0, out)[0]
+
+
+def batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Normalise with the batch's own statistics and return them for `batch_norm_backward`.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, out
+        As for `batch_norm` in training.
+
+    Returns
+    -------
+    y : array
+        Like `x`.
+    mean, invstd : (C,) array of float64
+        The batch's mean and ``1 / sqrt(var + eps)`` with its biased variance.
+    """
+    xv = view(_at_least_1d(floating(x)), axis)
+    weight, bias = _parameters(weight, bias, xv.c)
+    y, saved = _normalize_batch(xv, None, weight, bias, eps, 1.0, out)
+    return y, saved.stats[0], saved.stats[2]
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `batch_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x : array_like of one shape and dtype
+        Gradient of the output, and the input.
+    mean, invstd : (C,) array_like
+        The statistics that the forward normalised with.
+    weight : (C,) array_like, optional
+        As in the forward.
+    axis : int
+        The channel axis.
+    training : bool
+        Whether `mean` and `invstd` are the batch's own, so that they depend on `x`. Otherwise they are constants, and
+        ``dx = dy * weight * invstd``.
+    out : array, optional
+        Takes `dx`; `dy` or `x` itself is allowed.
+
+    Returns
+    -------
+    dx : array
+        Like `x`.
+    dweight, dbias : (C,) array
+        In weight's dtype, else in x's; computed whether or not a weight is given.
+    """
+    xv = view(_at_least_1d(floating(x)), axis)
+    statistics = np.empty((3, xv.c))
+    statistics[0] = channel_vector(mean, "mean", xv.c)
+    statistics[2] = channel_vector(invstd, "invstd", xv.c)
+    affine = np.zeros((3, xv.c))
+    affine[1] = statistics[2]
+    dtype = xv.array.dtype
+    if weight is not None:
+        weight = channel_vector(weight, "weight", xv.c)
+        affine[1] *= weight
+        dtype = weight.dtype
+    saved = Saved(xv, statistics, affine, NO_SIGNS, 1.0, training, False, False)
+    dx, _, dweight, dbias = _gradients(dy, saved, dtype, out)
+    return dx, dweight, dbias
+
+
+def scale_shift(
+    x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int = 1, out: Array | None = None
+) -> Array:
+    """``x * scale + shift``, one scale and one shift a channel.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+    scale, shift : (C,) array_like
+        Rounded once to x's dtype.
+    axis : int
+        The channel axis.
+    out : array, optional
+        Takes the result; ``out=x`` works in place.
+
+    Returns
+    -------
+    array
+        Like `x`.
+    """
+    xv = view(_at_least_1d(floating(x)), axis)
+    affine = np.zeros((3, xv.c))
+    affine[1] = channel_vector(scale, "scale", xv.c)
+    affine[2] = channel_vector(shift, "shift", xv.c)
+    return _transform(xv, None, affine, 1.0, out)[0]
+
+
+def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+    """Count, mean and m2 of every channel of `x`, in one pass.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+    axis : int
+        The channel axis.
+
+    Returns
+    -------
+    Moments
+    """
+    array = _at_least_1d(floating(x))
+    return Moments.empty(view(array, axis).c).update(array, axis)
+
+
+# --- what layers are made of ----------------------------------------------------------------------------------------
+
+
+def _normalize_batch(
+    xv: View, residual: Any, weight: Array, bias: Array, eps: float, slope: float, out: Array | None
+) -> tuple[Array, Saved]:
+    """Training forward: the batch's statistics, then the output."""
+    if not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    count = xv.n * xv.s
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
+    target, y, res, signs = _prepare(xv, residual, slope, out, (weight, bias))
+    stats, affine = np.empty((3, xv.c)), np.empty((3, xv.c))
+    if xv.flat.size:
+        kernels().forward(xv.flat, res, weight, bias, eps, slope, xv.n, xv.c, xv.s, flat(y), signs, stats, affine)
+    else:
+        stats[:], affine[:] = np.nan, 0.0
+    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(y, target, xv))
+    return _delivered(y, target), saved
+
+
+def _normalize_running(
+    xv: View,
+    residual: Any,
+    weight: Array,
+    bias: Array,
+    running_mean: Array,
+    running_var: Array,
+    eps: float,
+    slope: float,
+    out: Array | None,
+) -> tuple[Array, Saved]:
+    """Inference forward: one scale and one shift a channel."""
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    stats, affine = _running_affine(running_mean, running_var, weight, bias, eps)
+    y, signs, overwritten = _transform(xv, residual, affine, slope, out)
+    return y, Saved(xv, stats, affine, signs, slope, False, residual is not None, overwritten)
+
+
+def _running_affine(
+    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float
+) -> tuple[Array, Array]:
+    """`stats` and `affine` of inference."""
+    stats, affine = np.empty((3, len(running_mean))), np.empty((3, len(running_mean)))
+    kernels().fold(*_of_one_dtype(running_mean, running_var, weight, bias), eps, stats, affine)
+    return stats, affine
+
+
+def _transform(
+    xv: View, residual: Any, affine: Array, slope: float, out: Array | None, keep_signs: bool = True
+) -> tuple[Array, Array, bool]:
+    """y = activation((x - center) * scale + shift + residual), its signs, and whether it lies over x."""
+    target, y, res, signs = _prepare(xv, residual, slope, out, (), keep_signs)
+    if xv.flat.size:
+        kernels().transform(xv.flat, res, affine, slope, xv.n, xv.c, xv.s, flat(y), signs)
+    return _delivered(y, target), signs, _overlap(y, target, xv)
+
+
+def _gradients(
+    dy: Any, saved: Saved, dtype: np.dtype[Any], out: Array | None
+) -> tuple[Array, Array | None, Array, Array]:
+    """dx, dresidual, dweight and dbias; the last two of the given dtype."""
+    xv, affine = saved.x, saved.affine
+    dy = floating(dy, "dy")
+    if dy.dtype != xv.array.dtype:
+        raise TypeError(f"dy must have the input's dtype {xv.array.dtype}, got {dy.dtype}")
+    if dy.shape != xv.array.shape:
+        raise ValueError(f"dy must have the input's shape {xv.array.shape}, got {dy.shape}")
+    g = same_layout(dy, xv)
+    dx = target = out
+    if out is not None:
+        check_out(out, xv.array.shape, xv.array.dtype)
+    if out is None or not writable_in_place(out, xv, (dy, xv.array)):
+        dx = empty_like(xv.array)
+    assert dx is not None
+    dresidual = empty_like(xv.array) if saved.residual else None
+    dweight, dbias = np.empty(xv.c, dtype), np.empty(xv.c, dtype)
+    if xv.flat.size:
+        kernels().backward(
+            g,
+            xv.flat,
+            saved.stats,
+            affine,
+            saved.batch,
+            saved.slope,
+            saved.signs,
+            xv.n,
+            xv.c,
+            xv.s,
+            flat(dx),
+            EMPTY[xv.array.dtype] if dresidual is None else flat(dresidual),
+            dweight,
+            dbias,
+        )
+    else:
+        dweight[:] = dbias[:] = 0
+    return _delivered(dx, target), dresidual, dweight, dbias
+
+
+def _prepare(
+    xv: View, residual: Any, slope: float, out: Array | None, others: tuple[Array, ...], keep_signs: bool = True
+) -> tuple[Array | None, Array, Array, Array]:
+    """The caller's `out`, the array to compute into, the flat residual, and room for the activation's signs."""
+    x = xv.array
+    res, signs = EMPTY[x.dtype], NO_SIGNS
+    if residual is not None:
+        residual = floating(residual, "residual")
+        if residual.dtype != x.dtype or residual.shape != x.shape:
+            raise (TypeError if residual.dtype != x.dtype else ValueError)(
+                f"residual must be {x.dtype} of shape {x.shape}, got {residual.dtype} of shape {residual.shape}"
+            )
+        res = same_layout(residual, xv)
+        others = (*others, residual)
+        if slope != 1.0 and keep_signs:
+            signs = np.empty(kernels().sign_words(xv.n, xv.c, xv.s), np.uint16)
+    if out is None:
+        return None, empty_like(x), res, signs
+    check_out(out, x.shape, x.dtype)
+    return out, out if writable_in_place(out, xv, (x, *others)) else empty_like(x), res, signs
+
+
+def _delivered(y: Array, target: Array | None) -> Array:
+    """The result where the caller wants it."""
+    if target is None or target is y:
+        return y
+    np.copyto(target, y)
+    return target
+
+
+def _overlap(y: Array, target: Array | None, xv: View) -> bool:
+    return target is not None and np.may_share_memory(target, xv.array)
+
+
+def _parameters(weight: Any, bias: Any, channels: int) -> tuple[Array, Array]:
+    """weight and bias as kernels take them: vectors of one dtype, or empty."""
+    weight = None if weight is None else channel_vector(weight, "weight", channels)
+    bias = None if bias is None else channel_vector(bias, "bias", channels)
+    return _pair(weight, bias)
+
+
+def _pair(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
+    if weight is None and bias is None:
+        return EMPTY[np.dtype(np.float32)], EMPTY[np.dtype(np.float32)]
+    if weight is None:
+        assert bias is not None
+        return EMPTY[bias.dtype], bias
+    if bias is None:
+        return weight, EMPTY[weight.dtype]
+    weight, bias = _of_one_dtype(weight, bias)
+    return weight, bias
+
+
+def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
+    """The vectors themselves where they share a dtype, else float64 copies."""
+    if len({vector.dtype for vector in vectors}) == 1:
+        return vectors
+    return tuple(vector.astype(np.float64) for vector in vectors)
+
+
+def _running_vectors(running_mean: Any, running_var: Any, channels: int, update: bool) -> tuple[Array, Array]:
+    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+        if update and not (isinstance(values, np.ndarray) and values.dtype.kind == "f"):
+            kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+            raise TypeError(f"{name} is updated in place and must be an array of float32 or float64, got {kind}")
+        if update and not values.flags.writeable:
+            raise ValueError(f"{name} is updated in place but read-only")
+    mean = channel_vector(running_mean, "running_mean", channels)
+    return mean, channel_vector(running_var, "running_var", channels)
+
+
+def _update_running(running: tuple[Array, ...], stats: Array, count: int, factor: float) -> None:
+    mean, var = running
+    kernels().update_running(mean, var, stats, count, float(factor))
+
+
+def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
+    """Copy to the caller's arrays what was updated in contiguous copies of them."""
+    for vector, target in zip(updated, given, strict=True):
+        if vector is not target:
+            np.copyto(target, vector)
+
+
+def _at_least_1d(x: Array) -> Array:
+    if x.ndim == 0:
+        raise ValueError("x must have a channel axis, got a scalar")
+    return x

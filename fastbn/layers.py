@@ -1,0 +1,513 @@
+"""Batch normalization layers with PyTorch's names: parameters, running statistics, modes, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastbn import functional as F
+from fastbn._arrays import FLOATS, Array, channel_axis, channel_vector, floating, view
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
+
+Activation = str | tuple[str, float] | None
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict` with ``strict=False`` passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _BatchNorm:
+    """What the three layers share; `_ranks` holds the numbers of dimensions that each takes."""
+
+    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+    ) -> None:
+        self.num_features = _positive_integer(num_features, "num_features")
+        self.eps = _eps(eps)
+        self.momentum = _momentum(momentum)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        channel_axis(axis, max(self._ranks))
+        self.axis = operator.index(axis)
+        self.dtype = _dtype(dtype)
+        self.activation = activation
+        self._slope = slope_of(activation)
+        self.training = True
+        self.params: dict[str, Array] = {}
+        self.grads: dict[str, Array] = {}
+        self.running_mean: Array | None = None
+        self.running_var: Array | None = None
+        self.num_batches_tracked: int | None = None
+        self._saved: F.Saved | None = None
+        if self.affine:
+            self.params["weight"] = np.ones(self.num_features, self.dtype)
+            if bias:
+                self.params["bias"] = np.zeros(self.num_features, self.dtype)
+        if self.track_running_stats:
+            self.running_mean = np.zeros(self.num_features, self.dtype)
+            self.running_var = np.ones(self.num_features, self.dtype)
+            self.num_batches_tracked = 0
+
+    # --- forward and backward ---
+
+    def __call__(self, x: ArrayLike, *, residual: ArrayLike | None = None, out: Array | None = None) -> Array:
+        """``activation(batch_norm(x) + residual)``.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64
+            Of this layer's rank, with `num_features` channels on `axis`.
+        residual : array_like, optional
+            Added before the activation; of x's shape and dtype.
+        out : array, optional
+            Takes the result. Where it overlaps `x`, `backward` is not possible.
+
+        Returns
+        -------
+        array
+            Like `x`. In training it is normalised with the batch's statistics, which the running ones follow; in eval
+            mode with the running ones, if there are any.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For a wrong rank, channel count or dtype, and in training for one value per channel. The layer stays as it
+            was.
+        """
+        array = floating(x)
+        if array.ndim not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {expected} input (got {array.ndim}D input)")
+        xv = view(array, self.axis)
+        if xv.c != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels on axis {self.axis}, got {xv.c} in an input of shape {array.shape}"
+            )
+        weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
+        running = self._running()
+        if self.training or running is None:
+            y, saved = F._normalize_batch(xv, residual, weight, bias, self.eps, self._slope, out)
+            if self.training and self.track_running_stats and running is not None and array.size:
+                self._track(running, saved, xv.n * xv.s)
+        else:
+            y, saved = F._normalize_running(
+                xv, residual, weight, bias, running[0], running[1], self.eps, self._slope, out
+            )
+        self._saved = saved
+        return y
+
+    forward = __call__
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Any:
+        """Gradients of the last forward; those of the parameters are assigned to `grads`.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient of the output, of the input's shape and dtype.
+        out : array, optional
+            Takes `dx`; `dy` itself is allowed.
+
+        Returns
+        -------
+        dx : array
+            Like the input: the full gradient where the forward used the batch's statistics, ``dy * scale`` where it
+            used the running ones.
+        dresidual : array
+            Only where the forward had a residual.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward since the last backward, or where that forward wrote its output over its input.
+        ValueError, TypeError
+            If `dy` has not the input's shape and dtype.
+        """
+        saved = self._saved
+        if saved is None:
+            raise RuntimeError("backward needs a forward before it: call the layer on its input first")
+        if saved.overwritten:
+            raise RuntimeError("backward needs the input, but the forward's out= overwrote it")
+        dx, dresidual, dweight, dbias = F._gradients(dy, saved, self.dtype, out)
+        self._saved = None
+        self.grads = {key: grad for key, grad in (("weight", dweight), ("bias", dbias)) if key in self.params}
+        return dx if dresidual is None else (dx, dresidual)
+
+    def _running(self) -> tuple[Array, Array] | None:
+        """The running statistics, checked."""
+        mean, var = self.running_mean, self.running_var
+        if (mean is None) != (var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if mean is None or var is None:
+            return None
+        return (
+            channel_vector(mean, "running_mean", self.num_features),
+            channel_vector(var, "running_var", self.num_features),
+        )
+
+    def _track(self, running: tuple[Array, Array], saved: F.Saved, count: int) -> None:
+        tracked = (self.num_batches_tracked or 0) + 1
+        factor = 1.0 / tracked if self.momentum is None else self.momentum
+        vectors = F._of_one_dtype(*running)
+        F._update_running(vectors, saved.stats, count, factor)
+        F._write_back(vectors, (self.running_mean, self.running_var))
+        self.num_batches_tracked = tracked
+
+    # --- parameters and modes ---
+
+    @property
+    def weight(self) -> Array | None:
+        """Scale of the normalised values, (C,), or None. Assigning copies into ``params["weight"]``."""
+        return self.params.get("weight")
+
+    @weight.setter
+    def weight(self, values: ArrayLike) -> None:
+        self._assign("weight", values)
+
+    @property
+    def bias(self) -> Array | None:
+        """Shift of the normalised values, (C,), or None. Assigning copies into ``params["bias"]``."""
+        return self.params.get("bias")
+
+    @bias.setter
+    def bias(self, values: ArrayLike) -> None:
+        self._assign("bias", values)
+
+    def _assign(self, key: str, values: ArrayLike) -> None:
+        if key not in self.params:
+            raise AttributeError(f"this {type(self).__name__} has no {key}")
+        self.params[key][:] = channel_vector(values, key, self.num_features)
+
+    def train(self, mode: bool = True) -> Self:
+        """Use the batch's statistics from now on (or not, with False). Returns self."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Use the running statistics from now on. Returns self."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, no batches."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean[:] = 0
+            self.running_var[:] = 1
+            self.num_batches_tracked = 0
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and `reset_running_stats`."""
+        self.reset_running_stats()
+        for key, value in (("weight", 1), ("bias", 0)):
+            if key in self.params:
+                self.params[key][:] = value
+
+    # --- checkpoints and deployment ---
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and running statistics under PyTorch's keys."""
+        state = {key: value.copy() for key, value in self.params.items()}
+        if self.running_mean is not None and self.running_var is not None:
+            state["running_mean"] = self.running_mean.copy()
+            state["running_var"] = self.running_var.copy()
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked or 0, np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
+        """Take over a state with PyTorch's keys; values are copied into the arrays that are there.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            `num_batches_tracked` may be missing: the counter then stays.
+        strict : bool
+            Whether missing and unexpected keys are errors.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The missing and unexpected keys.
+
+        Raises
+        ------
+        ValueError
+            Naming every missing, unexpected and misshapen key. The layer stays as it was.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+        own = self.state_dict()
+        missing = [key for key in own if key not in state and key != "num_batches_tracked"]
+        unexpected = [key for key in state if key not in own]
+        problems = []
+        if strict and missing:
+            problems.append("missing keys: " + ", ".join(missing))
+        if strict and unexpected:
+            problems.append("unexpected keys: " + ", ".join(map(str, unexpected)))
+        loaded = {}
+        for key in own:
+            if key in state:
+                try:
+                    loaded[key] = _like(own[key], state[key])
+                except ValueError as error:
+                    problems.append(f"{key}: {error}")
+        if problems:
+            raise ValueError(f"cannot load the state into {self!r}: " + "; ".join(problems))
+        for key, value in loaded.items():
+            if key == "num_batches_tracked":
+                self.num_batches_tracked = int(value)
+            else:
+                (self.params[key] if key in self.params else getattr(self, key))[...] = value
+        return IncompatibleKeys(missing, unexpected)
+
+    def fold(self) -> ScaleShift:
+        """The layer in eval mode as one scale and one shift a channel.
+
+        Returns
+        -------
+        ScaleShift
+            A snapshot of the current state, which computes bitwise what the layer computes in eval mode.
+
+        Raises
+        ------
+        ValueError
+            If there are no running statistics.
+        """
+        running = self._running()
+        if running is None:
+            raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
+        weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
+        affine = F._running_affine(running[0], running[1], weight, bias, self.eps)[1]
+        return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_saved": None}
+
+    def __repr__(self) -> str:
+        extras = ""
+        if self.affine and "bias" not in self.params:
+            extras += ", bias=False"
+        if self.axis != 1:
+            extras += f", axis={self.axis}"
+        if self.dtype != np.float32:
+            extras += f", dtype={self.dtype}"
+        if self.activation is not None:
+            extras += f", activation={self.activation!r}"
+        return (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}{extras})"
+        )
+
+
+_PARAMETERS = """
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of a new batch in the running statistics; None for the cumulative average.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether to keep running statistics; without them eval mode uses the batch's statistics too.
+    bias : bool
+        Whether an affine layer has a bias.
+    axis : int
+        The channel axis; -1 for channels last.
+    dtype : dtype
+        Of parameters and running statistics: float32 or float64. The input may have the other one, and is computed in
+        its own; statistics accumulate in float64.
+    activation : None, "relu" or ("leaky_relu", slope)
+        Applied in the same pass over memory.
+
+    Attributes
+    ----------
+    params, grads : dict of str to (C,) array
+        "weight" and "bias"; a parameter changed in place is seen by the next call.
+    weight, bias, running_mean, running_var : (C,) array or None
+    num_batches_tracked : int or None
+    training : bool
+
+    Notes
+    -----
+    Normalisation uses the biased variance, the running variance takes the unbiased one, as in PyTorch. An empty batch
+    changes nothing. The layer keeps a reference to its last input until `backward`; `fold` gives an inference form
+    that keeps none.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015.
+"""
+
+
+class BatchNorm1d(_BatchNorm):
+    __doc__ = "Batch normalization of (N, C) or (N, C, L) arrays." + _PARAMETERS
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    __doc__ = "Batch normalization of (N, C, H, W) arrays." + _PARAMETERS
+    _ranks = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    __doc__ = "Batch normalization of (N, C, D, H, W) arrays." + _PARAMETERS
+    _ranks = (5,)
+
+
+class ScaleShift:
+    """One scale and one shift a channel: what batch normalization is in inference. Immutable.
+
+    Parameters
+    ----------
+    scale, shift : (C,) array_like
+    axis : int
+        The channel axis.
+    dtype : dtype
+        Of `scale` and `shift` as attributes.
+    activation : None, "relu" or ("leaky_relu", slope)
+        Applied after the shift.
+    """
+
+    __slots__ = ("_affine", "_slope", "activation", "axis", "scale", "shift")
+
+    scale: Array
+    shift: Array
+    axis: int
+    activation: Activation
+
+    def __init__(
+        self,
+        scale: ArrayLike,
+        shift: ArrayLike,
+        *,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+        activation: Activation = None,
+    ) -> None:
+        affine = np.zeros((3, np.size(scale)))
+        affine[1] = channel_vector(scale, "scale", affine.shape[1])
+        affine[2] = channel_vector(shift, "shift", affine.shape[1])
+        rounded = affine.astype(_dtype(dtype))
+        for array in (affine, rounded):
+            array.flags.writeable = False
+        for name, value in (
+            ("_affine", affine),
+            ("_slope", slope_of(activation)),
+            ("scale", rounded[1]),
+            ("shift", rounded[2]),
+            ("axis", operator.index(axis)),
+            ("activation", activation),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __call__(self, x: ArrayLike, *, residual: ArrayLike | None = None, out: Array | None = None) -> Array:
+        """``activation(x * scale + shift + residual)``, like `x`; ``out=x`` works in place."""
+        array = floating(x)
+        xv = view(array, self.axis)
+        if xv.c != len(self.scale):
+            raise ValueError(
+                f"expected {len(self.scale)} channels on axis {self.axis}, got {xv.c} in an input of shape {array.shape}"
+            )
+        return F._transform(xv, residual, self._affine, self._slope, out, keep_signs=False)[0]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a ScaleShift is immutable, cannot set {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a ScaleShift is immutable, cannot delete {name}")
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._affine[1], self._affine[2], self.axis, self.scale.dtype, self.activation)
+
+    def __repr__(self) -> str:
+        return f"ScaleShift(scale={self.scale}, shift={self.shift}, axis={self.axis}, activation={self.activation!r})"
+
+
+def _rebuild(scale: Array, shift: Array, axis: int, dtype: DTypeLike, activation: Activation) -> ScaleShift:
+    return ScaleShift(scale, shift, axis=axis, dtype=dtype, activation=activation)
+
+
+def slope_of(activation: Activation) -> float:
+    """Slope below zero: 1 without an activation, 0 for ReLU, its own for leaky ReLU."""
+    match activation:
+        case None:
+            return 1.0
+        case "relu":
+            return 0.0
+        case ("leaky_relu", float() | int() as slope) if not isinstance(slope, bool) and math.isfinite(slope):
+            return float(slope)
+    raise ValueError(f"activation must be None, 'relu' or ('leaky_relu', slope), got {activation!r}")
+
+
+def _positive_integer(value: Any, name: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got bool")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def _eps(eps: Any) -> float:
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    if not value >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    return value
+
+
+def _momentum(momentum: Any) -> float | None:
+    if momentum is None:
+        return None
+    if isinstance(momentum, str | bytes) or not hasattr(momentum, "__float__"):
+        raise TypeError(f"momentum must be a number or None, got {momentum!r}")
+    return float(momentum)
+
+
+def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        result = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}") from None
+    if result not in FLOATS:
+        raise TypeError(f"dtype must be float32 or float64, got {result}")
+    return result
+
+
+def _like(own: Array, value: Any) -> Array:
+    """`value` with the shape and dtype of `own`, or a ValueError saying what it is."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"expected numbers, got {array.dtype}")
+    if array.shape != own.shape:
+        raise ValueError(f"expected shape {own.shape}, got {array.shape}")
+    return array.astype(own.dtype)

@@ -1,0 +1,135 @@
+"""Statistics that merge: count, mean and sum of squared deviations of every channel."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn._arrays import Array, floating, view
+from fastbn._engine import kernels
+from fastbn.backends.numpy_ import merge
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Count, mean and m2 (sum of squared deviations from the mean) of C channels, in float64.
+
+    Batches are added by `update`, other statistics by `merge` or ``+``; the result is that of all values together,
+    without the cancellation of a sum of squares.
+
+    Parameters
+    ----------
+    count : int
+        Number of values in each channel.
+    mean, m2 : (C,) array_like of float
+        Copied.
+
+    Raises
+    ------
+    ValueError
+        If `count` or an m2 is negative, or the shapes are not two times (C,).
+
+    References
+    ----------
+    Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983.
+
+    Examples
+    --------
+    >>> images = np.random.default_rng(0).random((100, 3, 8, 8))
+    >>> m = Moments.empty(3)
+    >>> for batch in np.array_split(images, 7):
+    ...     m = m.update(batch)
+    >>> np.allclose(m.std(), images.std((0, 2, 3)))
+    True
+    """
+
+    __slots__ = ("count", "m2", "mean")
+
+    count: int
+    mean: Array
+    m2: Array
+
+    def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
+        try:
+            number = operator.index(count)
+        except TypeError:
+            raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
+        if number < 0:
+            raise ValueError(f"count must not be negative, got {number}")
+        means, squares = np.array(mean, np.float64), np.array(m2, np.float64)
+        if means.ndim != 1 or means.shape != squares.shape:
+            raise ValueError(f"mean and m2 must both have shape (C,), got {means.shape} and {squares.shape}")
+        if (squares < 0).any():
+            raise ValueError(f"m2 is a sum of squares and must not be negative, got {squares.min()}")
+        self.count, self.mean, self.m2 = number, means, squares
+
+    @classmethod
+    def empty(cls, num_channels: int) -> Moments:
+        """Moments of no values of `num_channels` channels."""
+        return cls(0, np.zeros(num_channels), np.zeros(num_channels))
+
+    def update(self, x: ArrayLike, axis: int = 1) -> Moments:
+        """Add the values of `x`, an array of float32 or float64 with the channels on `axis`. Returns self.
+
+        Raises
+        ------
+        ValueError
+            If `x` has another number of channels. Nothing is added then.
+        """
+        xv = view(floating(x), axis)
+        self._check_channels(xv.c)
+        if xv.flat.size:
+            mean, m2 = np.empty(xv.c), np.empty(xv.c)
+            kernels().moments(xv.flat, xv.n, xv.c, xv.s, mean, m2)
+            self._add(xv.n * xv.s, mean, m2)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the values that `other` stands for. Returns self."""
+        if not isinstance(other, Moments):
+            raise TypeError(f"only Moments can be merged, got {type(other).__name__}")
+        self._check_channels(len(other.mean))
+        if other.count:
+            self._add(other.count, other.mean, other.m2)
+        return self
+
+    def __add__(self, other: Any) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return Moments(self.count, self.mean, self.m2).merge(other)
+
+    def var(self, ddof: int = 0) -> Array:
+        """Variance of each channel, m2 / (count - ddof), shape (C,); NaN where there are not more than `ddof` values."""
+        if self.count <= ddof:
+            return np.full_like(self.mean, np.nan)
+        return self.m2 / (self.count - ddof)
+
+    def std(self, ddof: int = 0) -> Array:
+        """Square root of `var`."""
+        return np.sqrt(self.var(ddof))
+
+    def _add(self, count: int, mean: Array, m2: Array) -> None:
+        mean, m2 = merge(self.count, self.mean, self.m2, count, mean, m2)
+        self.count, self.mean, self.m2 = self.count + count, mean.copy(), m2.copy()
+
+    def _check_channels(self, channels: int) -> None:
+        if channels != len(self.mean):
+            raise ValueError(f"expected {len(self.mean)} channels, got {channels}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return (
+            self.count == other.count
+            and np.array_equal(self.mean, other.mean, equal_nan=True)
+            and np.array_equal(self.m2, other.m2, equal_nan=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
