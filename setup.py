@@ -9,7 +9,7 @@ the Numba and NumPy backends need none. ``FASTBN_EXT=require`` makes a missing e
 
 import os
 import sys
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -32,6 +32,7 @@ class BuildExt(build_ext):
     """Build with OpenMP, and once more without it where that fails."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link one extension."""
         base = OPTIMISE.get(self.compiler.compiler_type, [])
         compile_openmp, link_openmp = openmp_flags(self.compiler.compiler_type)
         ext.extra_compile_args, ext.extra_link_args = base + compile_openmp, link_openmp
@@ -48,7 +49,7 @@ setup(
         Extension(
             "fastbn_ext._kernels",
             ["fastbn_ext/_kernels.pyx"],
-            depends=sorted(glob("fastbn_ext/*.h")),
+            depends=sorted(map(str, Path("fastbn_ext").glob("*.h"))),
             optional=os.environ.get("FASTBN_EXT") != "require",
         )
     ],
