@@ -64,8 +64,10 @@ class Case:
         """(C,) made to broadcast against the input."""
         return np.expand_dims(values, self.reduced)
 
-    def make(self, dtype: np.typing.DTypeLike = np.float32, *, mean: float = 0.5, std: float = 2.0, seed: int = 0) -> Data:
-        """Normal data of about that mean and standard deviation, a different one in every channel."""
+    def make(
+        self, dtype: np.typing.DTypeLike = np.float32, *, mean: float = 0.5, std: float = 2.0, seed: int = 0
+    ) -> Data:
+        """Draw normal data of about that mean and standard deviation, a different one in every channel."""
         rng = np.random.default_rng(seed)
         offset = self.per_channel(mean + std * rng.uniform(-1, 1, self.channels))
         spread = self.per_channel(std * rng.uniform(0.5, 1.5, self.channels))
@@ -74,7 +76,7 @@ class Case:
         return Data(*(a.astype(dtype) for a in (offset + spread * x, dy, residual, weight, bias)))
 
 
-# Quick ones, run in every combination of backend and dtype: each rank, both layouts, odd sizes, one channel, one sample.
+# Quick ones, for every combination of backend and dtype: all ranks, both layouts, odd sizes, one channel, one sample.
 SMALL = (
     Case((2, 1)),
     Case((5, 3)),

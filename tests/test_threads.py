@@ -1,0 +1,65 @@
+"""Results are bitwise the same for any number of threads, and for any number of callers."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cases import CASES, DTYPES, HUGE, Case
+
+import fastbn
+
+pytestmark = pytest.mark.usefixtures("backend", "keep_threads")
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def everything(case: Case, dtype) -> list[np.ndarray]:
+    """Every result of every kernel."""
+    x, dy, _, weight, bias = case.make(dtype)
+    y, mean, invstd = fastbn.batch_norm_forward(x, weight, bias, axis=case.axis)
+    m = fastbn.moments(x, axis=case.axis)
+    return [
+        *(y, mean, invstd, m.mean, m.m2),
+        fastbn.scale_shift(x, weight, bias, axis=case.axis),
+        *fastbn.batch_norm_backward(dy, x, mean, invstd, weight, axis=case.axis),
+        *fastbn.batch_norm_backward(dy, x, mean, invstd, weight, axis=case.axis, training=False),
+    ]
+
+
+def assert_identical(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(case, dtype):
+    fastbn.set_num_threads(1)
+    alone = everything(case, dtype)
+    for threads in (CPUS, 1 + CPUS // 2):  # the same number again, where there is one CPU only
+        fastbn.set_num_threads(threads)
+        assert_identical(everything(case, dtype), alone)
+
+
+@pytest.mark.parametrize("case", HUGE, ids=str)
+def test_any_number_of_threads_gives_the_same_bits_beyond_the_cache(case):
+    fastbn.set_num_threads(1)
+    alone = everything(case, np.float32)
+    fastbn.set_num_threads(CPUS)
+    assert_identical(everything(case, np.float32), alone)
+
+
+def test_callers_on_their_own_threads_get_their_own_results(backend):
+    cases = [Case((4, 32, 30 + k, 30)) for k in range(4)]
+    expected = [everything(case, np.float32) for case in cases]
+
+    def work(k):
+        with fastbn.use_backend(backend):
+            return everything(cases[k % 4], np.float32)
+
+    with ThreadPoolExecutor(8) as pool:
+        for k, got in enumerate(pool.map(work, range(32))):
+            assert_identical(got, expected[k % 4])
