@@ -92,9 +92,7 @@ def test_three_steps_and_eval_agree_with_pytorch(torch, case, options, dtype):
             assert_close(bn.grads[name], parameter.grad.numpy())
 
 
-@pytest.mark.parametrize(
-    "case", (case for case in SMALL if case.count > 2), ids=str
-)  # of two values no gradient is left
+@pytest.mark.parametrize("case", [case for case in SMALL if case.count > 2], ids=str)  # of two, no gradient is left
 def test_training_agrees_with_pytorch_on_every_shape(torch, case):
     bn = randomised(make(case))
     peer = Peer(torch, case, np.float32, bn)

@@ -123,7 +123,5 @@ def test_eval_rounds_scale_and_shift_once(axis):
     x = rng.normal(100, 1, (4, 3, 9, 9) if axis == 1 else (4, 9, 9, 3)).astype(np.float32)
     case = Case(x.shape, axis)
     scaled, shift = x * case.per_channel(scale), case.per_channel(shift)
-    roundings = (
-        np.abs(scaled) + np.abs(shift) + np.abs(scaled + shift)
-    ) * 2.0**-24  # of scale, of shift, of the result
+    roundings = (np.abs(scaled) + np.abs(shift) + np.abs(scaled + shift)) * 2.0**-24  # scale's, shift's, y's
     assert (np.abs(bn(x) - (scaled + shift)) <= 1.01 * roundings).all()
