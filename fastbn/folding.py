@@ -12,8 +12,9 @@ modified. Arrays may be float16, float32, float64 or, where ``ml_dtypes`` is ins
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ __all__ = ["fold_conv", "fold_into_next_conv", "fold_linear", "fold_scale_shift"
 
 Wide = NDArray[np.float64]
 Array = NDArray[Any]
+Flags = NDArray[np.bool_]
 
 DEFAULT_EPS = 1e-5
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -64,7 +66,7 @@ class Affine:
     mean: Wide
     scale: Wide
     bias: Wide
-    finite: NDArray[np.bool_]
+    finite: Flags
 
     @property
     def channels(self) -> int:
@@ -225,9 +227,7 @@ def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tup
     input is the layer's two-dimensional output. Otherwise as :func:`fold_conv`.
     """
     array = _as_float_array(weight, "weight")
-    if array.ndim != 2:
-        raise ValueError(f"a linear weight must have shape (out, in), got {array.shape}")
-    return _fold_after(array, bias, affine_of(bn), Layout.output_first(array.shape)).checked()
+    return _fold_after(array, bias, affine_of(bn), linear_layout(array.shape)).checked()
 
 
 def fold_into_next_conv(
@@ -257,13 +257,13 @@ def fold_into_next_conv(
         raise ValueError(f"an activation stands between the batch norm and the convolution: {bn!r}")
     array = _as_float_array(weight, "weight")
     affine = affine_of(bn)
-    layout = next_conv_layout(array.shape, groups)
-    if affine.channels != layout.factors:
+    layout = conv_layout(array.shape, groups)
+    if affine.channels != layout.inputs:
         raise ValueError(
             f"the batch norm has {affine.channels} channels, but a weight of shape {array.shape} "
-            f"with groups={groups} takes {layout.factors}"
+            f"with groups={groups} takes {layout.inputs}"
         )
-    return fold_before(array, _checked_bias(bias, layout.channels), affine, layout).checked()
+    return fold_before(array, _checked_bias(bias, layout.outputs), affine, layout).checked()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -273,68 +273,75 @@ def fold_into_next_conv(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a weight's factors and output channels lie, once it is seen with four axes.
+    """Where a weight's output and input channels lie, once it is seen with four axes (G, A, B, K).
 
-    Every weight in question, seen as (G, A, B, K), has its factors (one a channel of the batch norm, in order) on
-    axis 0 and one more, and its output channels on axis 0 and one more:
-
-    ================================ ========================= ============= ========
-    weight                           seen as                   factors       channels
-    ================================ ========================= ============= ========
-    (O, ...) before its batch norm   (1, O, 1, ...)            G, A          G, A
-    (I, O/G, ...) transposed         (G, I/G, O/G, ...)        G, B          G, B
-    (O, I/G, ...) behind it          (G, O/G, I/G, ...)        G, B          G, A
-    ================================ ========================= ============= ========
+    ====================================== ===================== ======== =======
+    weight                                 seen as               outputs  inputs
+    ====================================== ===================== ======== =======
+    (O, I/G, *kernel) of a convolution     (G, O/G, I/G, kernel) G and A  G and B
+    (I, O/G, *kernel) of a transposed one  (G, I/G, O/G, kernel) G and B  G and A
+    (O, I) of a linear layer               (1, O, I, 1)          A        B
+    (I, O) of a matrix product             (1, I, O, 1)          B        A
+    (C,) of a batch norm                   (1, C, 1, 1)          A
+    ====================================== ===================== ======== =======
     """
 
     view: tuple[int, int, int, int]
-    factor_axis: int
-    channel_axis: int
-
-    @classmethod
-    def output_first(cls, shape: Sequence[int]) -> Layout:
-        """Return the layout of a weight (O, ...) in front of its batch norm."""
-        return cls((1, shape[0], 1, int(np.prod(shape[1:]))), 1, 1)
+    output_axis: int
 
     @property
-    def factors(self) -> int:
-        """Channels of the batch norm."""
-        return self.view[0] * self.view[self.factor_axis]
+    def input_axis(self) -> int:
+        return 3 - self.output_axis
 
     @property
-    def channels(self) -> int:
-        """Output channels of the weight."""
-        return self.view[0] * self.view[self.channel_axis]
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return self.view[0] * self.view[self.output_axis]
 
-    def spread(self, factors: Wide) -> Wide:
-        """Give (C,) factors the shape in which they broadcast over the weight's view."""
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return self.view[0] * self.view[self.input_axis]
+
+    def spread(self, factors: Wide, axis: int) -> Wide:
+        """Give one factor a channel, (C,), the shape in which they broadcast along ``axis`` of the view."""
         shape = [self.view[0], 1, 1, 1]
-        shape[self.factor_axis] = self.view[self.factor_axis]
+        shape[axis] = self.view[axis]
         return factors.reshape(shape)
+
+    def at_outputs(self, flags: Flags, axis: int, combine: Callable[..., Flags]) -> Flags:
+        """Bring flags of the channels along ``axis`` to the outputs, (O,): a group's inputs reach all its outputs."""
+        if axis == self.output_axis:
+            return flags
+        return np.repeat(combine(flags.reshape(self.view[0], -1), axis=1), self.view[self.output_axis])
 
     def largest(self, weight: Array) -> Wide:
         """Return the largest magnitude in each output channel, (O,); NaN where there is a NaN."""
-        seen, others = weight.reshape(self.view), (3 - self.channel_axis, 3)
+        seen, others = weight.reshape(self.view), (self.input_axis, 3)
         highest, lowest = (reduce(seen, axis=others, initial=0).astype(np.float64) for reduce in (np.max, np.min))
         return np.asarray(np.maximum(highest, -lowest)).ravel()
 
 
-def conv_layout(shape: Sequence[int], groups: int, transposed: bool) -> Layout:
-    """Return the layout of a convolution's weight in front of its batch norm, or raise ValueError."""
+def conv_layout(shape: Sequence[int], groups: int, transposed: bool = False) -> Layout:
+    """Return the layout of a convolution's weight, or raise ValueError."""
     if len(shape) < 3:
         raise ValueError(f"a convolution's weight has at least three axes, got shape {tuple(shape)}")
-    _check_groups(shape, groups)
-    if not transposed:
-        return Layout.output_first(shape)
-    return Layout((groups, shape[0] // groups, shape[1], int(np.prod(shape[2:]))), 2, 2)
+    if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
+        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(
+            f"groups must be positive and divide the first axis of the weight, "
+            f"got groups={groups} and shape {tuple(shape)}"
+        )
+    view = (int(groups), shape[0] // int(groups), shape[1], math.prod(shape[2:]))
+    return Layout(view, output_axis=2 if transposed else 1)
 
 
-def next_conv_layout(shape: Sequence[int], groups: int) -> Layout:
-    """Return the layout of a convolution's weight behind its batch norm, or raise ValueError."""
-    if len(shape) < 3:
-        raise ValueError(f"a convolution's weight has at least three axes, got shape {tuple(shape)}")
-    _check_groups(shape, groups)
-    return Layout((groups, shape[0] // groups, shape[1], int(np.prod(shape[2:]))), 2, 1)
+def linear_layout(shape: Sequence[int], output_axis: int = 0) -> Layout:
+    """Return the layout of a matrix whose outputs lie on ``output_axis``, or raise ValueError."""
+    if len(shape) != 2:
+        raise ValueError(f"a linear weight must have two axes, got shape {tuple(shape)}")
+    return Layout((1, shape[0], shape[1], 1), output_axis + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,8 +350,8 @@ class Folded:
 
     weight: Array
     bias: Array
-    overflow: NDArray[np.bool_]  # finite values gave one beyond the dtype
-    underflow: NDArray[np.bool_]  # all weights sank below the smallest normal number, where digits are lost
+    overflow: Flags  # finite values gave one beyond the dtype
+    underflow: Flags  # all weights sank below the smallest normal number, where digits are lost
 
     def checked(self) -> tuple[Array, Array]:
         """Return weight and bias, or raise OverflowError; warn where float16 weights sank."""
@@ -357,54 +364,49 @@ class Folded:
 
 def fold_after(weight: Array, bias: Wide, affine: Affine, layout: Layout) -> Folded:
     """Fold ``affine`` into the weight in front of it; ``bias`` is (..., O) in float64 and goes through the map."""
-    shifted = _round(affine(bias), weight.dtype)
-    return _folded(weight, affine, layout, bias, shifted, affine.finite, np.abs(affine.scale))
+    return _folded(weight, bias, affine(bias), affine, layout, layout.output_axis)
 
 
 def fold_before(weight: Array, bias: Wide, affine: Affine, layout: Layout) -> Folded:
-    """Fold ``affine`` into the weight behind it; ``bias`` is (O,) in float64."""
-    groups, outputs, inputs, _ = layout.view
+    """Fold ``affine`` into the weight behind it; ``bias`` is (..., O) in float64 and gets what the shift adds."""
+    axis = layout.input_axis
     with np.errstate(all="ignore"):
-        taps = weight.reshape(layout.view).sum(axis=3, dtype=np.float64)  # (G, O/G, I/G)
-        added = (taps * affine.shift.reshape(groups, 1, inputs)).sum(axis=2).ravel()
-        shifted = _round(bias + added, weight.dtype)
-    finite = np.repeat(affine.finite.reshape(groups, inputs).all(axis=1), outputs)
-    largest = np.repeat(np.abs(affine.scale).reshape(groups, inputs).max(axis=1, initial=0.0), outputs)
-    return _folded(weight, affine, layout, bias, shifted, finite, largest)
+        taps = weight.reshape(layout.view).sum(axis=3, dtype=np.float64)  # (G, A, B)
+        added = (taps * layout.spread(affine.shift, axis)[..., 0]).sum(axis=axis).ravel()
+        total = bias + added
+    return _folded(weight, bias, total, affine, layout, axis)
 
 
 def _fold_after(weight: Array, bias: ArrayLike | None, affine: Affine, layout: Layout) -> Folded:
-    if affine.channels != layout.channels:
+    if affine.channels != layout.outputs:
         raise ValueError(
             f"the batch norm has {affine.channels} channels, "
-            f"but a weight of shape {weight.shape} gives {layout.channels}"
+            f"but a weight of shape {weight.shape} gives {layout.outputs}"
         )
-    return fold_after(weight, _checked_bias(bias, layout.channels), affine, layout)
+    return fold_after(weight, _checked_bias(bias, layout.outputs), affine, layout)
 
 
 def _folded(
     weight: Array,
+    bias: Wide,  # (..., O) before folding
+    total: Wide,  # and after it
     affine: Affine,
     layout: Layout,
-    bias: Wide,
-    shifted: Array,
-    finite: NDArray[np.bool_],  # (O,): whether what the map brings to an output channel is finite
-    scale: Wide,  # (O,): the largest |scale| that reaches it
+    axis: int,  # of the layout's view, along which the channels of the batch norm lie
 ) -> Folded:
-    scaled = _scaled(weight, affine.scale, layout)
+    scaled, rounded = _scaled(weight, affine.scale, layout, axis), _round(total, weight.dtype)
     before, after = layout.largest(weight), layout.largest(scaled)
-    rows = tuple(range(bias.ndim - 1))
-    sound = finite & np.isfinite(before) & np.isfinite(bias).all(axis=rows)
-    beyond = ~(np.isfinite(after) & np.isfinite(shifted).all(axis=rows))
+    bias_before, bias_after = (np.isfinite(array).reshape(-1, layout.outputs).all(axis=0) for array in (bias, rounded))
+    sound = layout.at_outputs(affine.finite, axis, np.all) & np.isfinite(before) & bias_before
     tiny = _smallest_normal(weight.dtype)
-    return Folded(scaled, shifted, sound & beyond, (before >= tiny) & (after < tiny) & (scale > 0))
+    sunk = (before >= tiny) & (after < tiny) & layout.at_outputs(affine.scale != 0, axis, np.any)
+    return Folded(scaled, rounded, sound & ~(np.isfinite(after) & bias_after), sunk)
 
 
-def _scaled(weight: Array, factors: Wide, layout: Layout) -> Array:
+def _scaled(weight: Array, factors: Wide, layout: Layout, axis: int) -> Array:
     """Multiply in float64 and round into a new array, block by block inside NumPy: no wide copy is made."""
     product = np.empty(layout.view, weight.dtype)
-    seen = weight.reshape(layout.view)
-    factor = layout.spread(factors)
+    seen, factor = weight.reshape(layout.view), layout.spread(factors, axis)
     with np.errstate(all="ignore"):
         if _is_bfloat16(weight.dtype):
             product[...] = _round(seen.astype(np.float64) * factor, weight.dtype)
@@ -557,16 +559,6 @@ def _checked_eps(eps: float) -> float:
     return float(eps)
 
 
-def _check_groups(shape: Sequence[int], groups: int) -> None:
-    if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
-        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
-    if groups < 1 or shape[0] % groups:
-        raise ValueError(
-            f"groups must be positive and divide the first axis of the weight, "
-            f"got groups={groups} and shape {tuple(shape)}"
-        )
-
-
 def _checked_bias(bias: ArrayLike | None, channels: int) -> Wide:
     if bias is None:
         return np.zeros(channels)
@@ -576,7 +568,7 @@ def _checked_bias(bias: ArrayLike | None, channels: int) -> Wide:
     return array.astype(np.float64)
 
 
-def _refuse_overflow(channels: NDArray[np.bool_], dtype: np.dtype[Any], what: str) -> None:
+def _refuse_overflow(channels: Flags, dtype: np.dtype[Any], what: str) -> None:
     if channels.any():
         raise OverflowError(f"{what} overflow {dtype.name} in {listed(np.flatnonzero(channels))}")
 
