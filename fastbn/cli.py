@@ -1,0 +1,145 @@
+"""The command line: ``fastbn demo``, ``fastbn fold``, ``fastbn info``.
+
+Exit status 0, 2 for what the user can mend (with one line on stderr), 130 after Ctrl-C. What a command needs is
+imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastbn
+from fastbn._engine import BACKENDS
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; those of the process if not given.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left, as `head` does; nothing more can be said, not even when Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_info(commands)
+    return parser
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small network with and without batch norm, fold it, export it, compare",
+        description="Train a small residual network with and without batch norm at the same learning rate, fold batch "
+        "norm into the convolutions, run both networks in ONNX Runtime, and print one table of what came out.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        default=argparse.SUPPRESS,
+        help="images x (N, C, H, W), float or uint8, and labels y (N,), integers (default: scikit-learn's digits)",
+    )
+    parser.add_argument("--epochs", type=_positive, default=10, help="passes over the training images")
+    parser.add_argument("--seed", type=_seed, default=0, help="of weights, batches and the choice of test images")
+    parser.add_argument("--backend", choices=BACKENDS, default=argparse.SUPPRESS, help="(default: fastbn's choice)")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("fastbn-demo"), help="takes picture and models")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from fastbn import demo
+    except ImportError as error:
+        return _fail("demo", f'{error}; the demo\'s needs are installed by: pip install "fastbn[demo]"')
+    try:
+        if "backend" in args:
+            fastbn.set_backend(args.backend)
+        fastbn.get_backend(), fastbn.get_num_threads()  # what the environment asks for is to be had, or an error here
+        images = demo.load_images(getattr(args, "data", None), args.seed)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        return _fail("demo", error)
+    try:
+        demo.run(images, args.epochs, args.seed, args.out)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail("demo", error)
+    return 0
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, None)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**32 - 1)
+
+
+def _integer(text: str, low: int, high: int | None) -> int:
+    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1
+    if number < low or (high is not None and number > high):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return number
+
+
+# --- info -----------------------------------------------------------------------------------------------------------
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("info", help="print versions, backends, threads and the compile cache's folder")
+    parser.set_defaults(run=_info)
+
+
+def _info(_: argparse.Namespace) -> int:
+    try:
+        fastbn.show_config()
+    except (ValueError, RuntimeError) as error:
+        return _fail("info", error)
+    return 0
+
+
+def _fail(command: str, error: object) -> int:
+    """Say what went wrong in one line; returns the exit status."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
+    print(f"fastbn {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR
