@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,10 +188,10 @@ if hasattr(os, "register_at_fork"):
 def cache_bytes(level: int) -> int:
     """Size of the level 2 or 3 cache in bytes, or a common one where the system does not say."""
     try:
-        size = os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        size = 0
-    return size if size > 0 else {2: 1 << 20, 3: 16 << 20}[level]
+        size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text().strip()
+        return int(size.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return {2: 1 << 20, 3: 16 << 20}[level]
 
 
 def show_config() -> None:

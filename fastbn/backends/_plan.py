@@ -1,0 +1,86 @@
+"""How a tensor (N, C, S) is cut into tasks: one policy for both compiled backends.
+
+A. Two loop nests. *Rows*: S is long, a channel's values lie in N rows of S. *Columns*: S is short (channels last is
+   S = 1), so memory is seen as rows of `columns` values, a few pixels wide, whose j-th value always belongs to channel
+   ``j // S % C``; vectors run along the row whatever S and C are.
+B. In the row nest a task is a run of neighbouring channels, finished while it is in cache: statistics, then output.
+   Short rows go in runs of about a page, so that memory is read in long lines.
+C. Where such tasks would leave threads idle (few channels) the work is *split*: statistics of all blocks, a merge in
+   fixed order, then the output. Blocks depend on the shape alone and merge in the same order in both ways, so the
+   results are bitwise the same for any number of threads.
+D. Outputs that will not be found in cache again are *streamed* past it: the line need not be read before it is
+   written.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn._engine import cache_bytes
+
+LANES = 16  # values in a vector: one AVX-512 register of float32
+BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain sums, blocks merge by Chan's formula
+COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
+STAGE = 1 << 10  # values that are written to the cache before they are streamed on
+STAGED = 2 * STAGE + 2 * LANES  # room of a stage: the last piece of a row takes the rest, and lies off a line's start
+SERIAL = 1 << 15  # values below which a second thread costs more than it saves
+PAGE = 4096  # bytes: the length of a run of short rows
+ROW = LANES  # values from which a row has a loop of its own
+COLUMNS = 128  # values that a folded row should have at least
+
+
+class Plan(NamedTuple):
+    """One call's cut, in the order in which kernels take it."""
+
+    threads: int
+    split: bool  # statistics and output apart
+    streaming: bool
+    run: int  # row nest: channels of a task
+    columns: int  # column nest: width of a row; 0 in the row nest
+    rows: int  # column nest: number of full rows
+    block: int  # column nest: rows of a block
+    blocks: int  # blocks of a channel or, in the column nest, of all rows
+
+
+@lru_cache(4096)
+def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int) -> Plan:
+    """Cut the work on `arrays` tensors of (n, c, s) values for so many threads."""
+    size = n * c * s
+    if size * arrays <= 2 * SERIAL:
+        threads = 1
+    streaming = size * itemsize * arrays > cache_bytes(3) // 2
+    if s < ROW:
+        columns = _folded_row(c * s)
+        rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block))
+    run = max(1, min(PAGE // (s * itemsize), c // (4 * threads)))
+    tasks = -(-c // run)
+    busy = tasks / (-(-tasks // threads) * threads)
+    blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
+    return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks)
+
+
+def workspace(cut: Plan, c: int, coefficients: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Room for the coefficients of every channel or column, and for the sums of every block where they are needed."""
+    width = cut.columns or c
+    coef = np.empty(coefficients * width, dtype)
+    return coef, np.empty(2 * (cut.blocks + 1) * width if cut.split else 0)
+
+
+def _folded_row(pixel: int) -> int:
+    """Width of a row of the column nest: whole pixels, whole vectors where that is cheap, at least `COLUMNS`."""
+    vectors = pixel * LANES // gcd(pixel, LANES)
+    return pixel if vectors > 8 * COLUMNS else vectors * -(-COLUMNS // vectors)
+
+
+def sign_words(n: int, c: int, s: int) -> int:
+    """Number of uint16 words for one bit a value: every row begins with a word of its own."""
+    if s < ROW:
+        columns = _folded_row(c * s)
+        return (n * c * s // columns + 1) * -(-columns // LANES)
+    return n * c * -(-s // LANES)

@@ -1,0 +1,354 @@
+"""Vectors of 16 values for Numba kernels: just the operations that the kernels need, as LLVM's own vector type.
+
+Why not leave it to the auto-vectoriser: it would neither stream stores past the cache (a scalar non-temporal store
+keeps it from vectorising at all), nor use 512-bit registers on Intel, nor index without Numba's wraparound of negative
+indices, nor promise one order of summation. LLVM splits a `<16 x float>` into whatever registers the CPU has.
+
+Memory is reached by pointers, which cost the compiler far less than arrays do: a function of ten arrays has seventy
+arguments. Indices are not checked. `V` stands for a vector of a pointer's dtype, `W` for one of float64, `M` for one of
+booleans.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+from fastbn.backends._plan import LANES, STAGED
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_ELEMENT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}
+_SUFFIX = {types.float32: f"v{LANES}f32", types.float64: f"v{LANES}f64"}
+
+
+class Vector(types.Type):
+    """`LANES` values of one Numba scalar type."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.llvm = ir.VectorType(_ELEMENT[dtype], LANES)
+        super().__init__(name=f"Vector({dtype})")
+
+
+register_model(Vector)(type("VectorModel", (models.PrimitiveModel,), {
+    "__init__": lambda self, manager, vector: models.PrimitiveModel.__init__(self, manager, vector, vector.llvm)
+}))
+BOOLEANS = Vector(types.boolean)
+
+
+def _vector_pointer(builder, pointer, index, llvm):
+    """Address of ``pointer[index]`` as that of a vector; also asks for full-width registers in this function."""
+    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+    return builder.bitcast(builder.gep(pointer, [index]), llvm.as_pointer())
+
+
+def _call(builder, name, result, args):
+    function = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
+def _lanes(values):
+    return ir.Constant(ir.VectorType(_I32, len(values)), list(values))
+
+
+def _splat(builder, vector, scalar):
+    undefined = ir.Constant(vector.llvm, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, _I32(0))
+    return builder.shuffle_vector(first, undefined, _lanes([0] * LANES))
+
+
+@intrinsic
+def pointer(typing, array):
+    """Pointer to an array's first value, null for an empty array. It does not keep the array alive."""
+    result = types.CPointer(array.dtype)
+
+    def build(context, builder, signature, args):
+        made = context.make_array(array)(context, builder, args[0])
+        empty = builder.icmp_signed("==", made.nitems, _I64(0))
+        return builder.select(empty, ir.Constant(made.data.type, None), made.data)
+
+    return result(array), build
+
+
+@intrinsic
+def present(typing, x):
+    """Whether a pointer is not null."""
+
+    def build(context, builder, signature, args):
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(x), build
+
+
+@intrinsic
+def ahead_of(typing, x, i):
+    """Pointer to ``x[i]``."""
+
+    def build(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return x(x, types.intp), build
+
+
+@intrinsic
+def scratch(typing, x):
+    """Pointer to `STAGED` values like those of `x` on the stack, on a 64-byte boundary."""
+
+    def build(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(args[0].type.pointee, STAGED))
+            room.align = 64
+        return builder.bitcast(room, args[0].type)
+
+    return x(x), build
+
+
+@intrinsic
+def itemsize(typing, x):
+    """Bytes of a value."""
+    size = x.dtype.bitwidth // 8
+
+    def build(context, builder, signature, args):
+        return _I64(size)
+
+    return types.intp(x), build
+
+
+@intrinsic
+def team(typing, threads):
+    """Let the calling thread's parallel loops use so many threads; returns how many they used before.
+
+    Numba's own `set_num_threads` is a ctypes function inside a kernel, which could not be cached on disk then.
+    """
+
+    def build(context, builder, signature, args):
+        get = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I64, []), "get_num_threads")
+        set_ = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [_I32]), "set_num_threads")
+        before = builder.sext(builder.trunc(builder.call(get, []), _I32), _I64)
+        builder.call(set_, [builder.trunc(args[0], _I32)])
+        return before
+
+    return types.intp(types.intp), build
+
+
+@intrinsic
+def noinline(typing):
+    """Keep LLVM from inlining the function that calls this: compiled once, not again in every caller."""
+
+    def build(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def load(typing, x, i):
+    """V: ``x[i : i + 16]``."""
+    vector = Vector(x.dtype)
+
+    def build(context, builder, signature, args):
+        return builder.load(_vector_pointer(builder, *args, vector.llvm), align=x.dtype.bitwidth // 8)
+
+    return vector(x, types.intp), build
+
+
+def _storing(x, value, align, metadata):
+    def build(context, builder, signature, args):
+        store = builder.store(args[2], _vector_pointer(builder, *args[:2], value.llvm), align=align)
+        if metadata:
+            store.set_metadata(metadata, builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, value), build
+
+
+@intrinsic
+def store(typing, x, i, value):
+    """``x[i : i + 16] = value``."""
+    return _storing(x, value, value.dtype.bitwidth // 8, None)
+
+
+@intrinsic
+def stream(typing, x, i, value):
+    """As `store`, past the cache; ``x[i]`` must lie on a 64-byte boundary. Needs a `fence` at the end."""
+    return _storing(x, value, 64, "nontemporal")
+
+
+@intrinsic
+def fence(typing):
+    """Make streamed stores visible to other threads; LLVM does not do it by itself."""
+
+    def build(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def misaligned(typing, x, i):
+    """Number of values by which ``x[i]`` lies beyond a 64-byte boundary."""
+    size = x.dtype.bitwidth // 8
+
+    def build(context, builder, signature, args):
+        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), _I64)
+        return builder.udiv(builder.and_(address, _I64(63)), _I64(size))
+
+    return types.intp(x, types.intp), build
+
+
+@intrinsic
+def splat(typing, value):
+    """V with `value` in every lane."""
+    vector = Vector(value)
+
+    def build(context, builder, signature, args):
+        return _splat(builder, vector, args[0])
+
+    return vector(value), build
+
+
+@intrinsic
+def rounded(typing, x, value):
+    """The float64 `value` as a scalar of x's dtype."""
+
+    def build(context, builder, signature, args):
+        return args[1] if x.dtype == types.float64 else builder.fptrunc(args[1], ir.FloatType())
+
+    return x.dtype(x, types.float64), build
+
+
+@intrinsic
+def like(typing, vector, value):
+    """V like `vector` with the float64 `value` in every lane."""
+
+    def build(context, builder, signature, args):
+        scalar = args[1] if vector.dtype == types.float64 else builder.fptrunc(args[1], ir.FloatType())
+        return _splat(builder, vector, scalar)
+
+    return vector(vector, types.float64), build
+
+
+@intrinsic
+def widen(typing, value):
+    """W of a V."""
+    wide = Vector(types.float64)
+
+    def build(context, builder, signature, args):
+        return args[0] if value == wide else builder.fpext(args[0], wide.llvm)
+
+    return wide(value), build
+
+
+@intrinsic
+def fma(typing, a, b, c):
+    """``a * b + c``, rounded once; for vectors and for scalars."""
+    scalar = not isinstance(a, Vector)
+    name = "llvm.fma." + (_SUFFIX[a.dtype] if not scalar else f"f{a.bitwidth}")
+
+    def build(context, builder, signature, args):
+        return _call(builder, name, args[0].type, args)
+
+    return a(a, a, a), build
+
+
+@intrinsic
+def total(typing, value):
+    """Sum of the lanes of a W, by halves: always in the same order."""
+
+    def build(context, builder, signature, args):
+        part, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            low = builder.shuffle_vector(part, part, _lanes(range(width)))
+            high = builder.shuffle_vector(part, part, _lanes(range(width, 2 * width)))
+            part = builder.fadd(low, high)
+        return builder.extract_element(part, _I32(0))
+
+    return value.dtype(value), build
+
+
+@intrinsic
+def last(typing, k):
+    """M that is true in the last `k` lanes."""
+
+    def build(context, builder, signature, args):
+        first = builder.trunc(builder.sub(_I64(LANES), args[0]), _I32)
+        undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
+        bound = builder.shuffle_vector(builder.insert_element(undefined, first, _I32(0)), undefined, _lanes([0] * LANES))
+        return builder.icmp_signed(">=", _lanes(range(LANES)), bound)
+
+    return BOOLEANS(types.intp), build
+
+
+@intrinsic
+def positive(typing, value):
+    """M that is true where `value` is not zero or below: NaN counts as positive."""
+
+    def build(context, builder, signature, args):
+        return builder.fcmp_unordered(">", args[0], ir.Constant(value.llvm, [0.0] * LANES))
+
+    return BOOLEANS(value), build
+
+
+@intrinsic
+def finite(typing, value):
+    """M that is true where `value` is neither NaN nor infinite."""
+
+    def build(context, builder, signature, args):
+        return builder.fcmp_ordered("==", builder.fsub(args[0], args[0]), ir.Constant(value.llvm, [0.0] * LANES))
+
+    return BOOLEANS(value), build
+
+
+@intrinsic
+def where(typing, mask, a, b):
+    """`a` in the lanes where `mask` is true, `b` in the others."""
+
+    def build(context, builder, signature, args):
+        return builder.select(*args)
+
+    return a(mask, a, a), build
+
+
+@intrinsic
+def bits(typing, mask):
+    """uint16 with one bit a lane."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(16))
+
+    return types.uint16(mask), build
+
+
+@intrinsic
+def mask_of(typing, word):
+    """M of the `bits` in a uint16."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], BOOLEANS.llvm)
+
+    return BOOLEANS(types.uint16), build
+
+
+def _arithmetic(function, instruction):
+    @type_callable(function)
+    def typer(context):
+        return lambda a, b: a if isinstance(a, Vector) and a == b else None
+
+    @lower_builtin(function, Vector, Vector)
+    def build(context, builder, signature, args):
+        return getattr(builder, instruction)(*args)
+
+
+for _function, _instruction in (
+    (operator.add, "fadd"),
+    (operator.iadd, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+):
+    _arithmetic(_function, _instruction)

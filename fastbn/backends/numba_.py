@@ -1,0 +1,920 @@
+"""The kernels in Numba.
+
+Design
+------
+A. `_plan` says how a tensor is cut; this file computes. Its parts, in order: channel arithmetic (scalars), points (one
+   vector), the row nest, the column nest, phases, kernels. `fastbn_ext` has the same parts under the same names.
+B. Inner loops are written with the vectors of `_vectors`; there is no fastmath, so every sum has one order and every
+   result is bitwise reproducible. One subtraction and one fused multiply-add a value is all that a normalisation costs.
+C. Statistics of a block are sums of deviations from `shift`, one of the block's own values, in float64. Its distance
+   from the mean is at most sqrt(m2), so ``m2 = s2 - s1**2 / count`` loses at most log2(count) of 53 bits whatever the
+   mean is, and a constant block gives exactly mean = shift, m2 = 0. There is no second pass and no division inside.
+D. ``y = (x - high) * scale + low``: `high` is the mean rounded to x's dtype, so that the difference is exact where x is
+   near the mean; `low` carries the bias and the mean's rounding error.
+E. A row's last, partial vector overlaps the one before it, and is loaded before anything is stored, so that y may be x.
+F. Streamed output goes through a stage in L1: rows are written there as they come, then copied on in whole lines.
+G. A kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
+   compiler, one kernel serves all forward operations, and everything inside works on pointers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numba import config, njit, prange, types
+
+from numba.np.numpy_support import from_dtype
+
+from fastbn import _engine
+from fastbn._arrays import EMPTY, NO_SIGNS
+from fastbn.backends._plan import BLOCK, LANES, STAGE, Plan, plan, sign_words, workspace
+from fastbn.backends._vectors import (
+    ahead_of,
+    bits,
+    fence,
+    finite,
+    fma,
+    itemsize,
+    last,
+    like,
+    load,
+    mask_of,
+    misaligned,
+    noinline,
+    pointer,
+    positive,
+    present,
+    rounded,
+    scratch,
+    splat,
+    store,
+    stream,
+    team,
+    total,
+    where,
+    widen,
+)
+
+NAME = "numba"
+
+# `stats`, `affine`, `coef` and `grads` are rows of one value a channel (a column, in the column nest).
+
+# Rows of `coef`: per-channel coefficients in x's dtype.
+HIGH, SCALE, LOW, MEAN, A, B = range(6)
+# Phases.
+FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
+
+LINE = 64  # bytes of a cache line
+CHUNK = 512  # columns whose sums stay in L1
+GROUPS = 16  # groups of rows of a task in the column nest
+
+loop = njit(nogil=True, error_model="numpy")
+point = njit(nogil=True, error_model="numpy", forceinline=True)
+
+# --- channel arithmetic -------------------------------------------------------------------------------------------
+
+
+@loop
+def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Mean and m2 of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite."""
+    if count_a == 0:
+        return mean_b, m2_b
+    delta = mean_b - mean_a
+    share = count_b / (count_a + count_b)
+    mean = mean_a + delta * share if math.isfinite(delta) else mean_a + mean_b
+    return mean, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+@point
+def finish_statistics(c, channels, mean, m2, count, eps, stats, affine):
+    """All that follows from the moments of channel c; `affine` holds weight and bias before."""
+    var = m2 / count
+    invstd = 1.0 / math.sqrt(var + eps)
+    stats[c], stats[channels + c], stats[2 * channels + c] = mean, var, invstd
+    affine[c] = mean
+    affine[channels + c] *= invstd
+
+
+@point
+def finish_gradient(c, channels, mean_rounded, sum_dy, dot, count, stats, affine, grads):
+    """All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of
+
+    dx = SCALE * dy + A * (x - MEAN) + B
+    """
+    mean, invstd, scale = stats[c], stats[2 * channels + c], affine[channels + c]
+    low = mean - mean_rounded
+    dot -= low * sum_dy
+    a = -scale * invstd * invstd * dot / count
+    grads[c], grads[channels + c] = dot * invstd, sum_dy
+    grads[2 * channels + c], grads[3 * channels + c] = a, -scale * sum_dy / count - a * low
+
+
+@loop
+def round_affine(coef, j, width, c, channels, affine):
+    """HIGH, SCALE, LOW of channel c in x's dtype (design, D), at column j."""
+    center, scale, shift = affine[c], affine[channels + c], affine[2 * channels + c]
+    high = rounded(coef, center)
+    coef[HIGH * width + j] = high
+    coef[SCALE * width + j] = rounded(coef, scale)
+    coef[LOW * width + j] = rounded(coef, shift - (center - high) * scale)
+
+
+@point
+def round_gradient(coef, j, width, c, channels, grads):
+    """A and B of channel c in x's dtype, at column j."""
+    coef[A * width + j] = rounded(coef, grads[2 * channels + c])
+    coef[B * width + j] = rounded(coef, grads[3 * channels + c])
+
+
+# --- points: one vector -------------------------------------------------------------------------------------------
+
+
+@point
+def activated(z, opened, slope):
+    """z where the activation is open, slope * z elsewhere; a slope of 0 gives zero even for an infinite z."""
+    return where(opened, z, like(z, 0.0) if slope == 0.0 else z * like(z, slope))
+
+
+@point
+def output(x, added, high, scale, low, slope, signs, word):
+    """activation((x - center) * scale + shift + residual)."""
+    z = fma(x - high, scale, low) + added
+    if slope != 1.0:
+        opened = positive(z)
+        if present(signs):
+            signs[word] = bits(opened)
+        z = activated(z, opened, slope)
+    return z
+
+
+@point
+def gated(dy, x, high, scale, low, slope, signs, word):
+    """dy behind the activation, whose sign is read or, without a residual, computed again exactly as in `output`."""
+    if slope != 1.0:
+        opened = mask_of(signs[word]) if present(signs) else positive(fma(x - high, scale, low))
+        dy = activated(dy, opened, slope)
+    return dy
+
+
+@point
+def gradient(dy, x, training, scale, mean, a, b):
+    """dx of a gated dy."""
+    return fma(scale, dy, fma(a, x - mean, b)) if training else scale * dy
+
+
+# --- streaming ----------------------------------------------------------------------------------------------------
+
+
+@loop
+def flush(stage, y, begin, length):
+    """Copy a stage to y[begin : begin + length], whole lines past the cache; it is misaligned like y[begin]."""
+    noinline()
+    line = LINE // itemsize(y)
+    skew = misaligned(y, begin)
+    to = begin - skew
+    end = skew + length
+    i = skew
+    if skew:
+        i = min(line, end)
+        for j in range(skew, i):
+            y[to + j] = stage[j]
+    while i + LANES <= end:
+        stream(y, to + i, load(stage, i))
+        i += LANES
+    for j in range(i, end):
+        y[to + j] = stage[j]
+
+
+# --- row nest -----------------------------------------------------------------------------------------------------
+# A block is `rows` rows of `length` values of a channel, the first one at sample `first`, from `column` on.
+
+
+@point
+def block_of(b, n, s):
+    """(first, rows, column, length) of block b. The last one of a row takes the rest: none is shorter than a vector."""
+    if s > BLOCK:
+        pieces = s // BLOCK
+        column = b % pieces * BLOCK
+        return b // pieces, 1, column, (BLOCK if b % pieces < pieces - 1 else s - column)
+    rows = BLOCK // s
+    return b * rows, min(rows, n - b * rows), 0, s
+
+
+@loop
+def block_moments(x, c, b, n, channels, s):
+    """Count, mean and m2 of block b of channel c (design, C)."""
+    noinline()
+    first, rows, column, length = block_of(b, n, s)
+    start = (first * channels + c) * s + column
+    shift = np.float64(x[start])
+    if not math.isfinite(shift):
+        shift = 0.0
+    around, zero = splat(shift), splat(0.0)
+    s1, s2 = zero, zero
+    rest = length % LANES
+    tail = last(rest)
+    for r in range(rows):
+        begin = start + r * channels * s
+        end = begin + length - LANES
+        for i in range(begin, end + 1, LANES):
+            d = widen(load(x, i)) - around
+            s1 = s1 + d
+            s2 = fma(d, d, s2)
+        if rest:
+            d = where(tail, widen(load(x, end)) - around, zero)
+            s1 = s1 + d
+            s2 = fma(d, d, s2)
+    count = rows * length
+    sum1 = total(s1)
+    mean = sum1 / count
+    m2 = total(s2) - sum1 * mean
+    return count, shift + mean, 0.0 if m2 < 0.0 else m2
+
+
+@loop
+def block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs):
+    """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
+    noinline()
+    first, rows, column, length = block_of(b, n, s)
+    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
+    low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
+    sum_dy, dot = splat(0.0), splat(0.0)
+    words = (s + LANES - 1) // LANES
+    rest = length % LANES
+    tail = last(rest)
+    for row in range(first, first + rows):
+        word = (row * channels + c) * words + column // LANES
+        begin = (row * channels + c) * s + column
+        end = begin + length - LANES
+        for i in range(begin, end + 1, LANES):
+            value = load(x, i)
+            g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, word + (i - begin) // LANES))
+            sum_dy = sum_dy + g
+            dot = fma(g, widen(value - mean), dot)
+        if rest:
+            value = load(x, end)
+            g = gated(load(dy, end), value, high, scale, low, slope, signs, word + length // LANES)
+            g = widen(where(tail, g, like(g, 0.0)))
+            sum_dy = sum_dy + g
+            dot = fma(g, widen(value - mean), dot)
+    return total(sum_dy), total(dot)
+
+
+@loop
+def apply_row(x, residual, at, length, c, channels, coef, slope, y, to, signs, word):
+    """Output of `length` values of channel c, read at `at`, written at `to` (design, E)."""
+    noinline()
+    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
+    low = splat(coef[LOW * channels + c])
+    zero = like(high, 0.0)
+    end = length - LANES
+    ahead = load(x, at + end)
+    ahead_added = load(residual, at + end) if present(residual) else zero
+    if slope == 1.0 and not present(residual):
+        for i in range(0, end + 1, LANES):
+            store(y, to + i, fma(load(x, at + i) - high, scale, low))
+    else:
+        for i in range(0, end + 1, LANES):
+            added = load(residual, at + i) if present(residual) else zero
+            store(y, to + i, output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES))
+    if length % LANES:
+        z = output(ahead, ahead_added, high, scale, low, slope, signs, word + length // LANES)
+        store(y, to + end, z)
+
+
+@loop
+def gradient_row(dy, x, at, length, c, channels, coef, training, slope, dx, to, dresidual, to_residual, signs, word):
+    """dx, and dresidual if wanted, of `length` values of channel c, read at `at`."""
+    noinline()
+    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
+    low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
+    a, b = splat(coef[A * channels + c]), splat(coef[B * channels + c])
+    end = length - LANES
+    ahead, ahead_dy = load(x, at + end), load(dy, at + end)
+    for i in range(0, end + 1, LANES):
+        value = load(x, at + i)
+        g = gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES)
+        store(dx, to + i, gradient(g, value, training, scale, mean, a, b))
+        if present(dresidual):
+            store(dresidual, to_residual + i, g)
+    if length % LANES:
+        g = gated(ahead_dy, ahead, high, scale, low, slope, signs, word + length // LANES)
+        store(dx, to + end, gradient(g, ahead, training, scale, mean, a, b))
+        if present(dresidual):
+            store(dresidual, to_residual + end, g)
+
+
+@point
+def pieces_of(length, run):
+    """Number of pieces of a row that are staged one by one."""
+    return max(1, length // STAGE) if run == 1 else 1
+
+
+@loop
+def apply_block(x, residual, c0, run, b, n, channels, s, coef, slope, y, signs, streaming):
+    """Output of block b of `run` channels from c0 on, whose rows lie side by side in memory."""
+    noinline()
+    stage = scratch(coef)
+    words = (s + LANES - 1) // LANES
+    first, rows, column, length = block_of(b, n, s)
+    pieces = pieces_of(length, run)
+    for row in range(first, first + rows):
+        for p in range(pieces):
+            size = STAGE if p < pieces - 1 else length - p * STAGE
+            begin = (row * channels + c0) * s + column + p * STAGE
+            word = (row * channels + c0) * words + column // LANES + p * (STAGE // LANES)
+            target, shift = (stage, misaligned(y, begin) - begin) if streaming else (y, 0)
+            for k in range(run):
+                at = begin + k * s
+                apply_row(
+                    x, residual, at, size, c0 + k, channels, coef, slope, target, at + shift, signs, word + k * words
+                )
+            if streaming:
+                flush(stage, y, begin, (run - 1) * s + size)
+
+
+@loop
+def gradient_block(dy, x, c0, run, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming):
+    """dx and dresidual of block b of `run` channels from c0 on."""
+    noinline()
+    stage, stage2 = scratch(coef), scratch(coef)
+    words = (s + LANES - 1) // LANES
+    first, rows, column, length = block_of(b, n, s)
+    pieces = pieces_of(length, run)
+    for row in range(first, first + rows):
+        for p in range(pieces):
+            size = STAGE if p < pieces - 1 else length - p * STAGE
+            begin = (row * channels + c0) * s + column + p * STAGE
+            word = (row * channels + c0) * words + column // LANES + p * (STAGE // LANES)
+            staged = streaming and present(dresidual)
+            target, shift = (stage, misaligned(dx, begin) - begin) if streaming else (dx, 0)
+            target2, shift2 = (stage2, misaligned(dresidual, begin) - begin) if staged else (dresidual, 0)
+            for k in range(run):
+                at = begin + k * s
+                gradient_row(
+                    dy, x, at, size, c0 + k, channels, coef, training, slope,
+                    target, at + shift, target2, at + shift2, signs, word + k * words,
+                )  # fmt: skip
+            if streaming:
+                flush(stage, dx, begin, (run - 1) * s + size)
+            if staged:
+                flush(stage2, dresidual, begin, (run - 1) * s + size)
+
+
+# --- column nest --------------------------------------------------------------------------------------------------
+# Memory is seen as rows of `columns` values. Those that fill no row are a last one, padded with zeros by the caller;
+# its values have a part each, of count 1.
+
+
+@point
+def chunks_of(columns):
+    """Number of chunks of a row; the last takes the rest."""
+    return max(1, columns // CHUNK)
+
+
+@point
+def chunk_of(t, columns):
+    """(block, first column, width) of task t over blocks and chunks."""
+    chunks = chunks_of(columns)
+    b, q = t // chunks, t % chunks
+    return b, q * CHUNK, (CHUNK if q < chunks - 1 else columns - q * CHUNK)
+
+
+@loop
+def column_moments(x, t, rows, block, columns, part):
+    """Mean and m2 of every column of a chunk of a block of rows (design, C), into `part` (blocks, 2, columns)."""
+    noinline()
+    b, j0, width = chunk_of(t, columns)
+    first, end = b * block, min((b + 1) * block, rows)
+    s1, s2 = ahead_of(part, 2 * b * columns), ahead_of(part, (2 * b + 1) * columns)
+    for j in range(j0, j0 + width):
+        s1[j] = s2[j] = 0.0
+    zero = splat(0.0)
+    rest = width % LANES
+    tail = last(rest)
+    for row in range(first, end):
+        for j in range(j0, j0 + width, LANES):
+            k = min(j, j0 + width - LANES)
+            shift = widen(load(x, first * columns + k))
+            d = widen(load(x, row * columns + k)) - where(finite(shift), shift, zero)
+            if k < j:
+                d = where(tail, d, zero)
+            store(s1, k, load(s1, k) + d)
+            store(s2, k, fma(d, d, load(s2, k)))
+    for j in range(j0, j0 + width):
+        shift = np.float64(x[first * columns + j])
+        mean = s1[j] / (end - first)
+        m2 = s2[j] - s1[j] * mean
+        s1[j] = mean + (shift if math.isfinite(shift) else 0.0)
+        s2[j] = 0.0 if m2 < 0.0 else m2
+
+
+@loop
+def column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part):
+    """Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns)."""
+    noinline()
+    b, j0, width = chunk_of(t, columns)
+    sum_dy, dot = ahead_of(part, 2 * b * columns), ahead_of(part, (2 * b + 1) * columns)
+    for j in range(j0, j0 + width):
+        sum_dy[j] = dot[j] = 0.0
+    words = (columns + LANES - 1) // LANES
+    tail = last(width % LANES)
+    for row in range(b * block, min((b + 1) * block, rows)):
+        for j in range(j0, j0 + width, LANES):
+            k = min(j, j0 + width - LANES)
+            value, g = load(x, row * columns + k), load(dy, row * columns + k)
+            high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
+            low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
+            g = gated(g, value, high, scale, low, slope, signs, row * words + j // LANES)
+            if k < j:
+                g = where(tail, g, like(g, 0.0))
+            store(sum_dy, k, load(sum_dy, k) + widen(g))
+            store(dot, k, fma(widen(g), widen(value - mean), load(dot, k)))
+
+
+@loop
+def apply_columns(x, residual, at, j0, width, columns, coef, slope, y, to, signs, word):
+    """Output of columns j0 to j0 + width of a row, read at `at`, written at `to` (design, E)."""
+    noinline()
+    end = width - LANES
+    zero = like(load(coef, 0), 0.0)
+    ahead = load(x, at + end)
+    ahead_added = load(residual, at + end) if present(residual) else zero
+    for j in range(0, width, LANES):
+        k = min(j, end)
+        value, added = ahead, ahead_added
+        if k == j:
+            value = load(x, at + j)
+            if present(residual):
+                added = load(residual, at + j)
+        high, scale = load(coef, HIGH * columns + j0 + k), load(coef, SCALE * columns + j0 + k)
+        low = load(coef, LOW * columns + j0 + k)
+        store(y, to + k, output(value, added, high, scale, low, slope, signs, word + j // LANES))
+
+
+@loop
+def gradient_columns(
+    dy, x, at, j0, width, columns, coef, training, slope, dx, to, dresidual, to_residual, signs, word
+):  # fmt: skip
+    """dx, and dresidual if wanted, of columns j0 to j0 + width of a row, read at `at`."""
+    noinline()
+    end = width - LANES
+    ahead, ahead_dy = load(x, at + end), load(dy, at + end)
+    for j in range(0, width, LANES):
+        k = min(j, end)
+        value, g = ahead, ahead_dy
+        if k == j:
+            value, g = load(x, at + j), load(dy, at + j)
+        high, scale = load(coef, HIGH * columns + j0 + k), load(coef, SCALE * columns + j0 + k)
+        low, mean = load(coef, LOW * columns + j0 + k), load(coef, MEAN * columns + j0 + k)
+        a, b = load(coef, A * columns + j0 + k), load(coef, B * columns + j0 + k)
+        g = gated(g, value, high, scale, low, slope, signs, word + j // LANES)
+        store(dx, to + k, gradient(g, value, training, scale, mean, a, b))
+        if present(dresidual):
+            store(dresidual, to_residual + k, g)
+
+
+@point
+def group_of(columns):
+    """Rows that are staged together."""
+    return max(1, STAGE // columns)
+
+
+@loop
+def apply_group(x, residual, t, rows, columns, coef, slope, y, signs, streaming):
+    """Output of the t-th `GROUPS` groups of rows."""
+    noinline()
+    stage = scratch(coef)
+    words = (columns + LANES - 1) // LANES
+    group = group_of(columns)
+    pieces = max(1, columns // STAGE)
+    for first in range(t * GROUPS * group, min((t + 1) * GROUPS * group, rows), group):
+        count = min(group, rows - first)
+        for p in range(pieces):
+            width = STAGE if p < pieces - 1 else columns - p * STAGE
+            begin = first * columns + p * STAGE
+            target, shift = (stage, misaligned(y, begin) - begin) if streaming else (y, 0)
+            for row in range(first, first + count):
+                at = row * columns + p * STAGE
+                word = row * words + p * (STAGE // LANES)
+                apply_columns(
+                    x, residual, at, p * STAGE, width, columns, coef, slope, target, at + shift, signs, word
+                )
+            if streaming:
+                flush(stage, y, begin, (count - 1) * columns + width)
+
+
+@loop
+def gradient_group(dy, x, t, rows, columns, coef, training, slope, dx, dresidual, signs, streaming):
+    """dx and dresidual of the t-th `GROUPS` groups of rows."""
+    noinline()
+    stage, stage2 = scratch(coef), scratch(coef)
+    words = (columns + LANES - 1) // LANES
+    group = group_of(columns)
+    pieces = max(1, columns // STAGE)
+    staged = streaming and present(dresidual)
+    for first in range(t * GROUPS * group, min((t + 1) * GROUPS * group, rows), group):
+        count = min(group, rows - first)
+        for p in range(pieces):
+            width = STAGE if p < pieces - 1 else columns - p * STAGE
+            begin = first * columns + p * STAGE
+            target, shift = (stage, misaligned(dx, begin) - begin) if streaming else (dx, 0)
+            target2, shift2 = (stage2, misaligned(dresidual, begin) - begin) if staged else (dresidual, 0)
+            for row in range(first, first + count):
+                at = row * columns + p * STAGE
+                gradient_columns(
+                    dy, x, at, p * STAGE, width, columns, coef, training, slope,
+                    target, at + shift, target2, at + shift2, signs, row * words + p * (STAGE // LANES),
+                )  # fmt: skip
+            if streaming:
+                flush(stage, dx, begin, (count - 1) * columns + width)
+            if staged:
+                flush(stage2, dresidual, begin, (count - 1) * columns + width)
+
+
+# --- phases -------------------------------------------------------------------------------------------------------
+
+
+@loop
+def forward_task(
+    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
+    y, signs, stats, affine, coef, part,
+):  # fmt: skip
+    """Task t of a phase of the forward kernel."""
+    noinline()
+    if phase == FUSED:
+        c0 = t * run
+        width = min(run, channels - c0)
+        for c in range(c0, c0 + width):
+            count, mean, m2 = 0, 0.0, 0.0
+            for b in range(blocks):
+                size, block_mean, block_m2 = block_moments(x, c, b, n, channels, s)
+                mean, m2 = merge(count, mean, m2, size, block_mean, block_m2)
+                count += size
+            finish_statistics(c, channels, mean, m2, count, eps, stats, affine)
+            round_affine(coef, c, channels, c, channels, affine)
+        for b in range(blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
+            apply_block(x, residual, c0, width, b, n, channels, s, coef, slope, y, signs, streaming)
+    elif phase == REDUCE:
+        c, b = t // blocks, t % blocks
+        _, mean, m2 = block_moments(x, c, b, n, channels, s)
+        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = mean, m2
+    elif phase == APPLY:
+        c0, b = t // blocks * run, t % blocks
+        apply_block(x, residual, c0, min(run, channels - c0), b, n, channels, s, coef, slope, y, signs, streaming)
+    elif phase == REDUCE_COLUMNS:
+        column_moments(x, t, rows, block, columns, part)
+    else:
+        apply_group(x, residual, t, rows, columns, coef, slope, y, signs, streaming)
+    if streaming:
+        fence()
+
+
+@loop
+def merge_moments(x, rows, block, columns, blocks, n, channels, s, part, stats):
+    """Mean and m2 of every channel into the first two rows of `stats`: all its parts, in order."""
+    noinline()
+    rest = n * channels * s - rows * columns
+    for c in range(channels):
+        count, mean, m2 = 0, 0.0, 0.0
+        if not columns:
+            for b in range(blocks):
+                _, height, _, length = block_of(b, n, s)
+                at = 2 * b * channels + c
+                mean, m2 = merge(count, mean, m2, height * length, part[at], part[at + channels])
+                count += height * length
+        for begin in range(c * s, columns, channels * s):
+            for j in range(begin, begin + s):
+                for b in range(blocks):
+                    size = min(block, rows - b * block)
+                    at = 2 * b * columns + j
+                    mean, m2 = merge(count, mean, m2, size, part[at], part[at + columns])
+                    count += size
+                if j < rest:
+                    mean, m2 = merge(count, mean, m2, 1, np.float64(x[rows * columns + j]), 0.0)
+                    count += 1
+        stats[c], stats[channels + c] = mean, m2
+
+
+@loop
+def apply_last_row(x, residual, size, rows, columns, coef, slope, y, signs):
+    """Output of the values that fill no row: a row of their own, padded with zeros."""
+    noinline()
+    begin = rows * columns
+    last_x, last_y, last_residual = scratch(coef), scratch(coef), scratch(coef)
+    for j in range(columns):
+        inside = begin + j < size
+        last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
+        last_residual[j] = residual[begin + j] if inside and present(residual) else rounded(coef, 0.0)
+    word = rows * ((columns + LANES - 1) // LANES)
+    apply_columns(last_x, last_residual, 0, 0, columns, columns, coef, slope, last_y, 0, signs, word)
+    for j in range(size - begin):
+        y[begin + j] = last_y[j]
+
+
+@loop
+def backward_task(
+    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
+    stats, affine, signs, dx, dresidual, grads, coef, part,
+):  # fmt: skip
+    """Task t of a phase of the backward kernel."""
+    noinline()
+    if phase == FUSED:
+        c0 = t * run
+        width = min(run, channels - c0)
+        for c in range(c0, c0 + width):
+            sum_dy, dot = 0.0, 0.0
+            for b in range(blocks):
+                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+                sum_dy += block_dy
+                dot += block_dot
+            finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
+            round_gradient(coef, c, channels, c, channels, grads)
+        for b in range(blocks - 1, -1, -1):
+            gradient_block(
+                dy, x, c0, width, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming
+            )  # fmt: skip
+    elif phase == REDUCE:
+        c, b = t // blocks, t % blocks
+        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = sum_dy, dot
+    elif phase == APPLY:
+        c0, b = t // blocks * run, t % blocks
+        width = min(run, channels - c0)
+        gradient_block(dy, x, c0, width, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming)
+    elif phase == REDUCE_COLUMNS:
+        column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part)
+    else:
+        gradient_group(dy, x, t, rows, columns, coef, training, slope, dx, dresidual, signs, streaming)
+    if streaming:
+        fence()
+
+
+@loop
+def merge_gradients(dy, x, rows, columns, blocks, n, channels, s, slope, signs, part, stats, affine, grads, coef):
+    """`grads` of every channel: all its parts, in order; the values that fill no row are the last block."""
+    noinline()
+    size = n * channels * s
+    rest = size - rows * columns if columns else 0
+    if rest:
+        last_x, last_dy = scratch(coef), scratch(coef)
+        for j in range(columns):
+            inside = j < rest
+            last_x[j] = x[rows * columns + j] if inside else rounded(coef, 0.0)
+            last_dy[j] = dy[rows * columns + j] if inside else rounded(coef, 0.0)
+        last_signs = ahead_of(signs, rows * ((columns + LANES - 1) // LANES)) if present(signs) else signs
+        last_part = ahead_of(part, 2 * blocks * columns)
+        for t in range(chunks_of(columns)):
+            column_gradients(last_dy, last_x, t, 1, 1, columns, coef, slope, last_signs, last_part)
+    for c in range(channels):
+        sum_dy, dot = 0.0, 0.0
+        if not columns:
+            for b in range(blocks):
+                sum_dy += part[2 * b * channels + c]
+                dot += part[(2 * b + 1) * channels + c]
+        for begin in range(c * s, columns, channels * s):
+            for j in range(begin, begin + s):
+                for b in range(blocks + (1 if j < rest else 0)):
+                    sum_dy += part[2 * b * columns + j]
+                    dot += part[(2 * b + 1) * columns + j]
+        finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
+
+
+@loop
+def gradient_last_row(dy, x, size, rows, columns, coef, training, slope, dx, dresidual, signs):
+    """dx and dresidual of the values that fill no row."""
+    noinline()
+    begin = rows * columns
+    last_x, last_dy = scratch(coef), scratch(coef)
+    last_dx, last_dresidual = scratch(coef), scratch(coef)
+    for j in range(columns):
+        inside = begin + j < size
+        last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
+        last_dy[j] = dy[begin + j] if inside else rounded(coef, 0.0)
+    word = rows * ((columns + LANES - 1) // LANES)
+    gradient_columns(
+        last_dy, last_x, 0, 0, columns, columns, coef, training, slope, last_dx, 0, last_dresidual, 0, signs, word
+    )  # fmt: skip
+    for j in range(size - begin):
+        dx[begin + j] = last_dx[j]
+        if present(dresidual):
+            dresidual[begin + j] = last_dresidual[j]
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, n, channels, s, eps, slope,
+    x_, residual_, weight, bias, y_, signs_, stats_, affine_, coef_, part_,
+):  # fmt: skip
+    """Statistics (reduce) and output (apply), or both at once."""
+    x, residual, y, signs = pointer(x_), pointer(residual_), pointer(y_), pointer(signs_)
+    stats, affine, coef, part = pointer(stats_), pointer(affine_), pointer(coef_), pointer(part_)
+    fused = reduce and apply and not split
+    if reduce and apply:
+        for c in range(channels):
+            affine[channels + c] = weight[c] if weight.size else 1.0
+            affine[2 * channels + c] = bias[c] if bias.size else 0.0
+    for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
+        phase, tasks = FUSED, (channels + run - 1) // run
+        if step == 1:
+            for j in range(columns if columns else channels):
+                round_affine(coef, j, columns if columns else channels, j // s % channels if columns else j, channels, affine)
+            phase, tasks = APPLY, blocks * tasks
+            if columns:
+                phase, tasks = APPLY_COLUMNS, (rows + GROUPS * group_of(columns) - 1) // (GROUPS * group_of(columns))
+        elif not fused:
+            phase, tasks = REDUCE, blocks * channels
+            if columns:
+                phase, tasks = REDUCE_COLUMNS, blocks * chunks_of(columns)
+        if threads == 1:
+            for t in range(tasks):
+                forward_task(
+                    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
+                    y, signs, stats, affine, coef, part,
+                )  # fmt: skip
+        else:
+            before = team(threads)
+            for t in prange(tasks):
+                forward_task(
+                    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
+                    y, signs, stats, affine, coef, part,
+                )  # fmt: skip
+            team(before)
+        if step == 0 and not fused:
+            merge_moments(x, rows, block, columns, blocks, n, channels, s, part, stats)
+            if apply:
+                for c in range(channels):
+                    finish_statistics(c, channels, stats[c], stats[channels + c], n * s, eps, stats, affine)
+    if apply and columns and rows * columns < n * channels * s:
+        apply_last_row(x, residual, n * channels * s, rows, columns, coef, slope, y, signs)
+
+
+def _backward(
+    threads, split, streaming, run, columns, rows, block, blocks, n, channels, s, training, slope,
+    dy_, x_, stats_, affine_, signs_, dx_, dresidual_, dweight, dbias, grads_, coef_, part_,
+):  # fmt: skip
+    """Sums of the gradients, then dx and dresidual, or both at once."""
+    dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
+    stats, affine, grads, coef, part = pointer(stats_), pointer(affine_), pointer(grads_), pointer(coef_), pointer(part_)
+    width = columns if columns else channels
+    for j in range(width):
+        c = j // s % channels if columns else j
+        round_affine(coef, j, width, c, channels, affine)
+        coef[MEAN * width + j] = rounded(coef, stats[c])
+    for step in range(2 if split else 1):
+        phase, tasks = FUSED, (channels + run - 1) // run
+        if step == 1:
+            for j in range(width):
+                round_gradient(coef, j, width, j // s % channels if columns else j, channels, grads)
+            phase, tasks = APPLY, blocks * tasks
+            if columns:
+                phase, tasks = APPLY_COLUMNS, (rows + GROUPS * group_of(columns) - 1) // (GROUPS * group_of(columns))
+        elif split:
+            phase, tasks = REDUCE, blocks * channels
+            if columns:
+                phase, tasks = REDUCE_COLUMNS, blocks * chunks_of(columns)
+        if threads == 1:
+            for t in range(tasks):
+                backward_task(
+                    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
+                    stats, affine, signs, dx, dresidual, grads, coef, part,
+                )  # fmt: skip
+        else:
+            before = team(threads)
+            for t in prange(tasks):
+                backward_task(
+                    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
+                    stats, affine, signs, dx, dresidual, grads, coef, part,
+                )  # fmt: skip
+            team(before)
+        if step == 0 and split:
+            merge_gradients(
+                dy, x, rows, columns, blocks, n, channels, s, slope, signs, part, stats, affine, grads, coef
+            )  # fmt: skip
+    if columns and rows * columns < n * channels * s:
+        gradient_last_row(dy, x, n * channels * s, rows, columns, coef, training, slope, dx, dresidual, signs)
+    for c in range(channels):
+        dweight[c] = grads[c]
+        dbias[c] = grads[channels + c]
+
+
+def _fold(running_mean, running_var, weight, bias, eps, stats, affine):
+    for c in range(len(running_mean)):
+        mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
+        stats[0, c], stats[1, c], stats[2, c] = mean, var, 1.0 / math.sqrt(var + eps)
+        scale = (weight[c] if weight.size else 1.0) * stats[2, c]
+        shift = (bias[c] if bias.size else 0.0) - mean * scale
+        affine[0, c], affine[1, c], affine[2, c] = 0.0, scale, shift
+
+
+def _update_running(running_mean, running_var, stats, count, factor):
+    unbiased = count / (count - 1)
+    for c in range(len(running_mean)):
+        running_mean[c] = (1 - factor) * running_mean[c] + factor * stats[0, c]
+        running_var[c] = (1 - factor) * running_var[c] + factor * (unbiased * stats[1, c])
+
+
+# --- adapters: what `fastbn.backends` promises ------------------------------------------------------------------------
+
+_NOTHING = np.empty(0)
+
+
+def _argument_types(kernel: str, real: types.Type, param: types.Type) -> tuple[types.Type, ...]:
+    """Numba types of a kernel's arguments; read-only inputs take writable arrays too, with one compilation."""
+
+    def array(dtype: types.Type, ndim: int = 1, readonly: bool = False) -> types.Array:
+        return types.Array(dtype, ndim, "C", readonly=readonly)
+
+    flag, size, wide = types.boolean, types.intp, types.float64
+    given, result, vector = array(real, readonly=True), array(real), array(param)
+    vector_in, rows, rows_in = array(param, readonly=True), array(wide, 2), array(wide, 2, True)
+    words_in, words = array(types.uint16, readonly=True), array(types.uint16)
+    cut = (size, flag, flag, size, size, size, size, size, size, size, size)
+    forward = (flag, flag, *cut, wide, wide, given, given, vector_in, vector_in, result, words, rows, rows)
+    backward = (*cut, flag, wide, given, given, rows_in, rows_in, words_in, result, result, vector, vector, rows)
+    return {
+        "forward": (*forward, result, array(wide)),
+        "backward": (*backward, result, array(wide)),
+        "fold": (vector_in, vector_in, vector_in, vector_in, wide, rows, rows),
+        "update_running": (vector, vector, rows_in, size, wide),
+    }[kernel]
+
+
+@functools.cache
+def _compiled(kernel: str, real: np.dtype[Any], param: np.dtype[Any]) -> Any:
+    """The kernel for these dtypes: from the compile cache, or compiled now and put there if it can be written."""
+    function = globals()[f"_{kernel}"]
+    signature = types.void(*_argument_types(kernel, from_dtype(real), from_dtype(param)))
+    options = {"nogil": True, "error_model": "numpy", "parallel": kernel in ("forward", "backward")}
+    try:
+        return njit(signature, cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(signature, **options)(function)
+
+
+def _plan(n: int, c: int, s: int, itemsize: int, arrays: int) -> Plan:
+    return plan(n, c, s, itemsize, arrays, min(_engine.get_num_threads(), config.NUMBA_NUM_THREADS))
+
+
+def moments(x, n, c, s, mean, m2):
+    cut = _plan(n, c, s, x.itemsize, 1)._replace(split=True)
+    coef, part = workspace(cut, c, 0, x.dtype)
+    none = np.empty(0, x.dtype)
+    stats = np.empty((2, c))
+    kernel = _compiled("forward", x.dtype, x.dtype)
+    kernel(
+        True, False, *cut, n, c, s, 0.0, 1.0,
+        x, none, none, none, none, NO_SIGNS, stats, stats, none, part,
+    )  # fmt: skip
+    mean[:], m2[:] = stats
+
+
+def forward(x, residual, weight, bias, eps, slope, n, c, s, y, signs, stats, affine):
+    cut = _plan(n, c, s, x.itemsize, 3 if residual.size else 2)
+    coef, part = workspace(cut, c, 3, x.dtype)
+    kernel = _compiled("forward", x.dtype, weight.dtype)
+    kernel(True, True, *cut, n, c, s, eps, slope, x, residual, weight, bias, y, signs, stats, affine, coef, part)
+
+
+def transform(x, residual, affine, slope, n, c, s, y, signs):
+    cut = _plan(n, c, s, x.itemsize, 3 if residual.size else 2)
+    coef, _ = workspace(cut, c, 3, x.dtype)
+    none = EMPTY[x.dtype]
+    kernel = _compiled("forward", x.dtype, x.dtype)
+    kernel(
+        False, True, *cut, n, c, s, 0.0, slope, x, residual, none, none, y, signs, affine, affine, coef, _NOTHING
+    )  # fmt: skip
+
+
+def backward(dy, x, stats, affine, training, slope, signs, n, c, s, dx, dresidual, dweight, dbias):
+    cut = _plan(n, c, s, x.itemsize, 4 if dresidual.size else 3)
+    coef, part = workspace(cut, c, 6, x.dtype)
+    kernel = _compiled("backward", x.dtype, dweight.dtype)
+    kernel(
+        *cut, n, c, s, training, slope,
+        dy, x, stats, affine, signs, dx, dresidual, dweight, dbias, np.empty((4, c)), coef, part,
+    )  # fmt: skip
+
+
+def fold(running_mean, running_var, weight, bias, eps, stats, affine):
+    kernel = _compiled("fold", running_mean.dtype, running_mean.dtype)
+    kernel(running_mean, running_var, weight, bias, eps, stats, affine)
+
+
+def update_running(running_mean, running_var, stats, count, factor):
+    _compiled("update_running", running_mean.dtype, running_mean.dtype)(running_mean, running_var, stats, count, factor)
+
+
+def describe() -> list[tuple[str, str]]:
+    """What `show_config` says about this backend."""
+    try:
+        layer = numba.threading_layer()
+    except ValueError:
+        layer = "not started"
+    return [("Numba", f"{numba.__version__}, threading layer: {layer}, at most {config.NUMBA_NUM_THREADS} threads")]
