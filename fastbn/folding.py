@@ -78,7 +78,16 @@ class Affine:
         with np.errstate(all="ignore"):
             return self.bias - self.mean * self.scale
 
-    def __call__(self, values: Array) -> Wide:
+    def with_shift(self, shift: Wide) -> Affine:
+        """Return the map with the same scale that adds ``shift`` to ``x * scale``."""
+        return Affine(np.zeros_like(shift), self.scale, shift, self.finite)
+
+    @property
+    def linear(self) -> Affine:
+        """The scale alone."""
+        return self.with_shift(np.zeros_like(self.scale))
+
+    def __call__(self, values: Array | np.float64) -> Wide:
         """Send ``values``, with the channels on the last axis, through the map."""
         with np.errstate(all="ignore"):
             return np.asarray((values.astype(np.float64) - self.mean) * self.scale + self.bias)
@@ -375,6 +384,13 @@ def fold_before(weight: Array, bias: Wide, affine: Affine, layout: Layout) -> Fo
         added = (taps * layout.spread(affine.shift, axis)[..., 0]).sum(axis=axis).ravel()
         total = bias + added
     return _folded(weight, bias, total, affine, layout, axis)
+
+
+def fold_term(term: Wide, affine: Affine, dtype: np.dtype[Any]) -> tuple[Array, Flags]:
+    """Send an added constant (..., C) through ``affine``, rounded to ``dtype``; flag the channels that overflow."""
+    rounded = _round(affine(term), dtype)
+    overflow = affine.finite & np.isfinite(term) & ~np.isfinite(rounded)
+    return rounded, overflow.reshape(-1, affine.channels).any(axis=0)
 
 
 def _fold_after(weight: Array, bias: ArrayLike | None, affine: Affine, layout: Layout) -> Folded:

@@ -1,0 +1,264 @@
+"""Fold the batch norms of ONNX models, with a reason for each that stays. Needs the extra ``onnx``.
+
+>>> result = fastbn.onnx.fold("model.onnx")
+>>> onnx.save(result.model, "folded.onnx")
+>>> for entry in result.report:
+...     print(entry.name, "folded" if entry.folded else "kept", entry.reason, entry.sentence)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import onnx
+except ModuleNotFoundError as error:
+    raise ImportError('folding ONNX models needs the onnx package: pip install "fastbn[onnx]"') from error
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto
+
+from fastbn._onnx_graph import FIRST_OPSET, STANDARD, Model, Node, bodies, tensors
+from fastbn._onnx_rules import (
+    REASONS,
+    Obstacle,
+    Parameters,
+    Placed,
+    affine_of,
+    attribute,
+    into_consumers,
+    into_producer,
+    parameters_of,
+    walk_back,
+)
+from fastbn.folding import DEFAULT_EPS, Affine
+
+__all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read"]
+
+
+@dataclass(frozen=True)
+class FoldEntry:
+    """What became of one BatchNormalization node.
+
+    ``reason`` is one of ``REASONS``. The figures of the scale are None where the parameters are not known.
+    """
+
+    name: str  # of the node; may be empty
+    output: str  # its first output
+    op: str  # kind of the node that its input comes from, "input" where that is none of the graph
+    into: str | None  # node that it went into, several separated by commas
+    folded: bool
+    reason: str  # code
+    sentence: str
+    scope: str = ""  # where it is: empty for the main graph, else "node/attribute/" or "function/"
+    groups: int = 1  # of a convolution in front of it
+    channels: int | None = None
+    min_scale: float | None = None  # smallest and largest |weight| / sqrt(var + eps)
+    max_scale: float | None = None
+    tiny_variance: int | None = None  # channels with var < eps
+    zero_weight: int | None = None  # channels with weight 0
+    overflow: int = 0  # channels that would have overflowed the weight's dtype
+    underflow: int = 0  # channels whose weights sank below the smallest normal number
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is: nodes, subgraphs and functions included, and bytes of its tensors."""
+
+    nodes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A folded model, and one entry for each of its batch norms in graph order."""
+
+    model: ModelProto
+    report: list[FoldEntry]
+    before: Size
+    after: Size
+
+    @property
+    def folded(self) -> int:
+        """Number of batch norms that were folded."""
+        return sum(entry.folded for entry in self.report)
+
+    @property
+    def kept(self) -> int:
+        """Number of batch norms that stayed."""
+        return len(self.report) - self.folded
+
+
+def fold(
+    model: ModelProto | str | os.PathLike[str],
+    *,
+    duplicate: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FoldResult:
+    """Fold every batch norm of a model that can be folded exactly.
+
+    A batch norm goes into the Conv, ConvTranspose, Gemm, MatMul, BatchNormalization or InstanceNormalization in front
+    of it, also through Add of a constant, Transpose, Squeeze, Unsqueeze, Identity and Dropout, or else into all the
+    nodes behind it where they are Conv without padding, Gemm or MatMul. Everything else is left as it is.
+
+    Parameters
+    ----------
+    model : ModelProto, or path of an ONNX file
+        A given model is not modified. External data is read beside the path.
+    duplicate : bool
+        Where something else reads the output of a linear node, or that output is one of the graph's, fold into a copy
+        of the node. This costs the work of the node once more.
+    progress : callable, optional
+        Called with the number of batch norms looked at, and of all, after each.
+
+    Returns
+    -------
+    FoldResult
+        The folded model, in which all weights are present (no external data), and the report.
+
+    Raises
+    ------
+    OSError
+        Where the file, or one with its external data, cannot be read.
+    ValueError
+        Where it holds no model, or one with an opset that is not supported (7 to the newest that onnx knows).
+    TypeError
+        For any other object.
+    """
+    source = model if isinstance(model, ModelProto) else read(model)
+    _check_model(source)
+    editable = Model(source)
+    norms = [node for node in editable.walk() if node.op == "BatchNormalization"]
+    entries = {norm: _describe(norm) for norm in norms}
+    pending, changed, seen = norms, True, 0
+    while changed:  # a batch norm that took another one in may fold where it could not before
+        kept = []
+        for norm in pending:
+            entries[norm] = _fold_one(norm, entries[norm], duplicate=duplicate)
+            if not entries[norm].folded:
+                kept.append(norm)
+            seen += 1
+            if progress is not None:
+                progress(min(seen, len(norms)), len(norms))
+        changed, pending = len(kept) < len(pending) and bool(kept), kept
+    before = _size(source)
+    result = editable.assemble()
+    return FoldResult(result, [entries[norm] for norm in norms], before, _size(result))
+
+
+def read(path: str | os.PathLike[str]) -> ModelProto:
+    """Read a model with its external data; raise OSError or ValueError as :func:`fold` does."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"expected an ONNX model or the path of one, got {type(path).__name__}")
+    path = Path(path)
+    try:
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{path} is not an ONNX model, or is cut short: {error}") from None
+    if not model.HasField("graph"):
+        raise ValueError(f"{path} is not an ONNX model: it has no graph")
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except onnx.checker.ValidationError as error:
+        raise OSError(f"external data of {path} cannot be read: {error}") from None
+    return model
+
+
+def _check_model(model: ModelProto) -> None:
+    if not model.HasField("graph"):
+        raise ValueError("this is not an ONNX model: it has no graph")
+    newest = onnx.defs.onnx_opset_version()
+    for entry in model.opset_import:
+        if entry.domain in STANDARD and not FIRST_OPSET <= entry.version <= newest:
+            raise ValueError(f"opset {entry.version} is not supported, only {FIRST_OPSET} to {newest}")
+
+
+def _describe(norm: Node) -> FoldEntry:
+    """Say what stands in front of a batch norm before anything changes."""
+    op, groups = "input", 1
+    try:
+        head = walk_back(norm).nodes[0]
+        op, groups = head.op, attribute(head, "group", 1)
+    except Obstacle:
+        definer = norm.scope.definer(norm.inputs[0])
+        producer = definer.producers.get(norm.inputs[0]) if definer is not None else None
+        if producer is not None:
+            op = producer.op
+    return FoldEntry(norm.name, norm.outputs[0], op, None, False, "", "", scope=norm.scope.path, groups=groups)
+
+
+def _fold_one(norm: Node, entry: FoldEntry, *, duplicate: bool) -> FoldEntry:
+    """Fold a batch norm, or find the reason why it stays."""
+    try:
+        parameters = parameters_of(norm)
+        affine = affine_of(norm, parameters)
+    except Obstacle as obstacle:
+        return _kept(entry, obstacle)
+    if entry.channels is None:
+        entry = replace(entry, **_figures(norm, parameters, affine))
+    try:
+        return _folded(entry, into_producer(norm, affine, duplicate=duplicate))
+    except Obstacle as in_front:
+        try:
+            return _folded(entry, into_consumers(norm, affine))
+        except Obstacle as behind:
+            return _kept(entry, in_front, behind)
+
+
+def _figures(norm: Node, parameters: Parameters, affine: Affine) -> dict[str, Any]:
+    magnitude = np.abs(affine.scale)
+    eps = attribute(norm, "epsilon", DEFAULT_EPS)
+    return {
+        "channels": affine.channels,
+        "min_scale": float(magnitude.min(initial=np.inf)),
+        "max_scale": float(magnitude.max(initial=0.0)),
+        "tiny_variance": int((parameters.var.astype(np.float64) < eps).sum()),
+        "zero_weight": int((parameters.scale == 0).sum()),
+    }
+
+
+def _folded(entry: FoldEntry, placed: Placed) -> FoldEntry:
+    sentence = f"{REASONS[placed.code]}: {placed.into}"
+    return replace(
+        entry,
+        into=placed.into,
+        folded=True,
+        reason=placed.code,
+        sentence=sentence,
+        overflow=0,
+        underflow=placed.underflow,
+    )
+
+
+def _kept(entry: FoldEntry, in_front: Obstacle, behind: Obstacle | None = None) -> FoldEntry:
+    """Report the obstacle that comes nearest to folding."""
+    obstacle, sentence = in_front, in_front.sentence
+    if behind is not None and in_front.code == "no-linear-neighbour":
+        obstacle = behind
+        sentence = behind.sentence
+        if behind.code == "no-linear-neighbour":
+            sentence = f"{in_front.sentence}, and {behind.sentence}"
+    return replace(
+        entry,
+        reason=obstacle.code,
+        sentence=sentence,
+        overflow=obstacle.overflow,
+        underflow=obstacle.underflow,
+    )
+
+
+def _size(model: ModelProto) -> Size:
+    nodes = sum(len(body.node) for body in bodies(model))
+    return Size(nodes, sum(_tensor_bytes(tensor) for tensor in tensors(model)))
+
+
+def _tensor_bytes(tensor: TensorProto) -> int:
+    if tensor.data_type == TensorProto.STRING:
+        return sum(len(value) for value in tensor.string_data)
+    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
