@@ -13,6 +13,7 @@ import fastbn
 
 CI = os.environ.get("CI") == "true"
 BACKENDS = ("numba", "cython", "numpy")
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 hypothesis.settings.register_profile("fastbn", deadline=None, max_examples=60, derandomize=CI, print_blob=True)
 hypothesis.settings.load_profile("fastbn")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, CPUS
 from subprocesses import python
 
 import fastbn
-
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, HUGE, Case
+from cases import CASES, DTYPES, Case
+from conftest import CPUS
 
 import fastbn
 
 pytestmark = pytest.mark.usefixtures("backend", "keep_threads")
-
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def everything(case: Case, dtype) -> list[np.ndarray]:
@@ -42,14 +40,6 @@ def test_any_number_of_threads_gives_the_same_bits(case, dtype):
     for threads in (CPUS, 1 + CPUS // 2):  # the same number again, where there is one CPU only
         fastbn.set_num_threads(threads)
         assert_identical(everything(case, dtype), alone)
-
-
-@pytest.mark.parametrize("case", HUGE, ids=str)
-def test_any_number_of_threads_gives_the_same_bits_beyond_the_cache(case):
-    fastbn.set_num_threads(1)
-    alone = everything(case, np.float32)
-    fastbn.set_num_threads(CPUS)
-    assert_identical(everything(case, np.float32), alone)
 
 
 def test_callers_on_their_own_threads_get_their_own_results(backend):
