@@ -13,6 +13,7 @@ import fastbn
 pytestmark = pytest.mark.usefixtures("backend")
 
 LAYOUTS = (
+    Case((8, 3, 5)),
     Case((8, 3, 40, 40)),
     Case((64, 3, 5, 5)),
     Case((8, 40, 40, 3), axis=-1),
@@ -74,7 +75,7 @@ def test_nan_and_infinity_stay_in_their_channel(case, training, bad):
     """In training they spoil their channel and its running statistics, as in PyTorch; in eval just themselves."""
     clean, dy, _, weight, bias = case.make(np.float32)
     spoilt = clean.copy()
-    spot = (1,) * clean.ndim
+    spot = (1,) * clean.ndim  # channel 1, in either layout
     spoilt[spot] = bad
 
     def run(x):
