@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import fastbn
 from fastbn._engine import BACKENDS
@@ -46,8 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, and with it its subparsers, whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
+    parser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
@@ -84,7 +92,7 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from fastbn import demo
     except ImportError as error:
-        return _fail("demo", f'{error}; the demo\'s needs are installed by: pip install "fastbn[demo]"')
+        return _fail("demo", f'{error}; what the demo needs is installed by: pip install "fastbn[demo]"')
     try:
         if "backend" in args:
             fastbn.set_backend(args.backend)
