@@ -362,7 +362,7 @@ def _prepare(
         res = same_layout(residual, xv)
         others = (*others, residual)
         if slope != 1.0 and keep_signs:
-            signs = np.empty(kernels().sign_words(xv.n, xv.c, xv.s), np.uint16)
+            signs = np.empty(kernels().sign_words(xv.n, xv.c, xv.s, x.itemsize), np.uint16)
     if out is None:
         return None, empty_like(x), res, signs
     check_out(out, x.shape, x.dtype)

@@ -45,11 +45,12 @@ class Plan(NamedTuple):
     rows: int  # column nest: number of full rows
     block: int  # column nest: rows of a block
     blocks: int  # blocks of a channel or, in the column nest, of all rows
+    ahead: int  # row nest: how far to prefetch while output is written, in values; 0 for not at all
 
 
 @lru_cache(4096)
-def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int) -> Plan:
-    """Cut the work on `arrays` tensors of (n, c, s) values for so many threads."""
+def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int) -> Plan:
+    """Cut the work on (n, c, s) values for so many threads: statistics of `reads` tensors, output over `arrays`."""
     size = n * c * s
     if size * arrays <= 2 * SERIAL:
         threads = 1
@@ -57,12 +58,14 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int) -> Pl
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
-        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block))
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), 0)
     run = max(1, min(PAGE // (s * itemsize), c // (4 * threads)))
     tasks = -(-c // run)
     busy = tasks / (-(-tasks // threads) * threads)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
-    return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks)
+    task = n * run * s * itemsize * reads
+    ahead = run * s if task <= cache_bytes(2) else 0
+    return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks, ahead)
 
 
 def workspace(cut: Plan, c: int, coefficients: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -78,9 +81,9 @@ def _folded_row(pixel: int) -> int:
     return pixel if vectors > 8 * COLUMNS else vectors * -(-COLUMNS // vectors)
 
 
-def sign_words(n: int, c: int, s: int) -> int:
-    """Number of uint16 words for one bit a value: every row begins with a word of its own."""
+def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:
+    """Number of uint16 words for one bit a value, a word for each vector: every row begins with a word of its own."""
     if s < ROW:
         columns = _folded_row(c * s)
-        return (n * c * s // columns + 1) * -(-columns // LANES)
-    return n * c * -(-s // LANES)
+        return (n * c * s // columns + 1) * -(-columns // lanes)
+    return n * c * -(-s // lanes)

@@ -26,7 +26,7 @@ def warmup() -> None:
     """Nothing to prepare."""
 
 
-def sign_words(n: int, c: int, s: int) -> int:
+def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
     """Number of uint16 words that `signs` needs: one bit a value."""
     return -(-n * c * s // 16)
 

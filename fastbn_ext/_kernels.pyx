@@ -1,0 +1,200 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The compiled kernels: a call's arguments become a `Job`, whose phases run on OpenMP threads without the GIL.
+
+What a task computes is in kernels.h, once for each value type and instruction set; how a tensor is cut, and the design,
+are those of fastbn/backends/_plan.py and numba_.py. Arrays are reached through the buffer protocol, so that no NumPy
+headers are needed to build this. Nothing is checked here: fastbn/backends/cython_.py is the only caller.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cython.parallel cimport prange
+from libc.math cimport sqrt
+from libc.stdint cimport uint16_t
+
+cdef extern from "dispatch.h" nogil:
+    enum: FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS
+    enum: NUM_INSTRUCTION_SETS
+    const char *instruction_sets[]
+    ctypedef struct Job:
+        long n, channels, s, run, columns, rows, block, blocks, ahead
+        int streaming, training
+        double eps, slope
+        const void *x
+        const void *residual
+        const void *dy
+        void *y
+        void *dx
+        void *dresidual
+        void *coef
+        uint16_t *signs
+        double *stats
+        double *affine
+        double *grads
+        double *part
+    ctypedef struct Kernels:
+        long lanes
+        void (*prepare)(const Job *, int, int) noexcept nogil
+        void (*forward_task)(const Job *, int, long) noexcept nogil
+        void (*backward_task)(const Job *, int, long) noexcept nogil
+        void (*finish)(const Job *, int, int) noexcept nogil
+    const Kernels *kernels_of(int index, int itemsize)
+    int has_instruction_set(int index)
+    long tasks_of(const Job *, int phase)
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #define OPENMP 1
+    #else
+    #define OPENMP 0
+    #endif
+    """
+    const int OPENMP
+
+openmp = bool(OPENMP)
+
+cdef int instruction_set = 0
+while not has_instruction_set(instruction_set):
+    instruction_set += 1
+
+
+def get_instruction_set():
+    """Name of the instruction set in use."""
+    return instruction_sets[instruction_set].decode()
+
+
+def available_instruction_sets():
+    """Names of those that this CPU has, best first."""
+    return [instruction_sets[i].decode() for i in range(NUM_INSTRUCTION_SETS) if has_instruction_set(i)]
+
+
+def set_instruction_set(str name):
+    """Use another instruction set that this CPU has."""
+    global instruction_set
+    for i in range(NUM_INSTRUCTION_SETS):
+        if instruction_sets[i].decode() == name and has_instruction_set(i):
+            instruction_set = i
+            return
+    raise ValueError(f"instruction set must be one of {', '.join(available_instruction_sets())}; got {name!r}")
+
+
+def lanes(int itemsize):
+    """Values in a vector."""
+    return kernels_of(instruction_set, itemsize).lanes
+
+
+cdef void *data(object array, int flags=PyBUF_SIMPLE) except? NULL:
+    """Address of a contiguous array's values, NULL if it is empty. The caller keeps the array alive."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, flags)
+    cdef void *address = view.buf if view.len else NULL
+    PyBuffer_Release(&view)
+    return address
+
+
+cdef void run_phase(const Kernels *kernels, Job *job, bint backward, int phase, int threads) noexcept nogil:
+    """Serial preparation, independent tasks, serial finish."""
+    cdef long t, tasks = tasks_of(job, phase)
+    kernels.prepare(job, backward, phase)
+    cdef void (*task)(const Job *, int, long) noexcept nogil
+    task = kernels.backward_task if backward else kernels.forward_task
+    if threads == 1:
+        for t in range(tasks):
+            task(job, phase, t)
+    else:
+        for t in prange(tasks, num_threads=threads, schedule="static"):
+            task(job, phase, t)
+    kernels.finish(job, backward, phase)
+
+
+def forward(
+    bint reduce, bint apply, int threads, bint split, bint streaming, long run, long columns, long rows, long block,
+    long blocks, long ahead, long n, long channels, long s, double eps, double slope,
+    x, residual, y, signs, stats, affine, coef, part, int itemsize,
+):
+    """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
+    cdef Job job
+    job.n, job.channels, job.s = n, channels, s
+    job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
+    job.streaming, job.eps, job.slope = streaming, eps, slope
+    job.x, job.residual = data(x), data(residual)
+    job.y, job.signs = data(y, PyBUF_WRITABLE), <uint16_t *>data(signs, PyBUF_WRITABLE)
+    job.stats, job.affine = <double *>data(stats), <double *>data(affine)
+    job.coef, job.part = data(coef), <double *>data(part)
+    cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
+    with nogil:
+        if reduce and apply and not split:
+            run_phase(kernels, &job, False, FUSED, threads)
+        else:
+            if reduce:
+                run_phase(kernels, &job, False, REDUCE_COLUMNS if columns else REDUCE, threads)
+            if apply:
+                run_phase(kernels, &job, False, APPLY_COLUMNS if columns else APPLY, threads)
+
+
+def backward(
+    int threads, bint split, bint streaming, long run, long columns, long rows, long block, long blocks, long ahead,
+    long n, long channels, long s, bint training, double slope,
+    dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, int itemsize,
+):
+    """Sums of the gradients, then dx and dresidual, or both at once."""
+    cdef Job job
+    job.n, job.channels, job.s = n, channels, s
+    job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
+    job.streaming, job.training, job.slope = streaming, training, slope
+    job.dy, job.x, job.signs = data(dy), data(x), <uint16_t *>data(signs)
+    job.dx, job.dresidual = data(dx, PyBUF_WRITABLE), data(dresidual, PyBUF_WRITABLE)
+    job.stats, job.affine, job.grads = <double *>data(stats), <double *>data(affine), <double *>data(grads)
+    job.coef, job.part = data(coef), <double *>data(part)
+    cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
+    with nogil:
+        if split:
+            run_phase(kernels, &job, True, REDUCE_COLUMNS if columns else REDUCE, threads)
+            run_phase(kernels, &job, True, APPLY_COLUMNS if columns else APPLY, threads)
+        else:
+            run_phase(kernels, &job, True, FUSED, threads)
+
+
+cdef inline double get(const void *values, long c, int itemsize) noexcept nogil:
+    """A value of a vector of float32 or float64."""
+    return (<const double *>values)[c] if itemsize == 8 else (<const float *>values)[c]
+
+
+cdef inline void put(void *values, long c, int itemsize, double value) noexcept nogil:
+    if itemsize == 8:
+        (<double *>values)[c] = value
+    else:
+        (<float *>values)[c] = <float>value
+
+
+def fold(running_mean, running_var, weight, bias, double eps, stats, affine, long channels, int itemsize):
+    """Inference: statistics and one scale and shift a channel from the running ones."""
+    cdef const void *means = data(running_mean)
+    cdef const void *variances = data(running_var)
+    cdef const void *weights = data(weight)
+    cdef const void *biases = data(bias)
+    cdef double *stat = <double *>data(stats, PyBUF_WRITABLE)
+    cdef double *coefficient = <double *>data(affine, PyBUF_WRITABLE)
+    cdef double mean, var, invstd, scale
+    cdef long c
+    for c in range(channels):
+        mean, var = get(means, c, itemsize), get(variances, c, itemsize)
+        invstd = 1 / sqrt(var + eps)
+        scale = (get(weights, c, itemsize) if weights else 1) * invstd
+        stat[c], stat[channels + c], stat[2 * channels + c] = mean, var, invstd
+        coefficient[c], coefficient[channels + c] = 0, scale
+        coefficient[2 * channels + c] = (get(biases, c, itemsize) if biases else 0) - mean * scale
+
+
+def update_running(running_mean, running_var, stats, long count, double factor, long channels, int itemsize):
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
+    cdef void *means = data(running_mean, PyBUF_WRITABLE)
+    cdef void *variances = data(running_var, PyBUF_WRITABLE)
+    cdef const double *stat = <const double *>data(stats)
+    cdef double unbiased = <double>count / (count - 1)
+    cdef long c
+    for c in range(channels):
+        put(means, c, itemsize, (1 - factor) * get(means, c, itemsize) + factor * stat[c])
+        put(variances, c, itemsize,
+            (1 - factor) * get(variances, c, itemsize) + factor * (unbiased * stat[channels + c]))

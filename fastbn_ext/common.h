@@ -1,0 +1,128 @@
+/* What all value types and instruction sets share: a call's arguments, how a tensor is cut (the constants are those of
+   fastbn/backends/_plan.py), and the arithmetic of one channel. */
+
+#ifndef FASTBN_COMMON_H
+#define FASTBN_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+
+#define point static inline __attribute__((always_inline))
+#define line_aligned __attribute__((aligned(64)))
+#define prefetch(address) __builtin_prefetch(address, 0, 2)
+
+enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
+enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
+enum { LINE = 64, BLOCK = 1 << 14, STAGE = 1 << 10, STAGED = 2 * STAGE + 32, CHUNK = 512, GROUPS = 16 };
+
+/* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
+typedef struct {
+    long n, channels, s, run, columns, rows, block, blocks, ahead;
+    int streaming, training;
+    double eps, slope;
+    const void *x, *residual, *dy;
+    void *y, *dx, *dresidual, *coef;
+    uint16_t *signs;
+    double *stats, *affine, *grads, *part;
+} Job;
+
+/* The kernels of one value type and one instruction set. */
+typedef struct {
+    long lanes;
+    void (*prepare)(const Job *, int backward, int phase);
+    void (*forward_task)(const Job *, int phase, long t);
+    void (*backward_task)(const Job *, int phase, long t);
+    void (*finish)(const Job *, int backward, int phase);
+} Kernels;
+
+typedef struct { long count; double mean, m2; } Moments;
+typedef struct { long first, rows, column, length; } Block; /* rows of values of a channel */
+typedef struct { long c0, c1; Block block; } Span;          /* a block of some channels */
+typedef struct { long block, column, width; } Chunk;        /* columns of a block of rows */
+
+point long min(long a, long b) { return a < b ? a : b; }
+point long max(long a, long b) { return a > b ? a : b; }
+point long words_of(long s, long lanes) { return (s + lanes - 1) / lanes; }
+point long misaligned(const void *x, long itemsize) { return ((uintptr_t)x & (LINE - 1)) / itemsize; }
+
+/* Block b of a channel. The last one of a row takes the rest: none is shorter than a vector. */
+point Block block_of(long b, long n, long s) {
+    if (s > BLOCK) {
+        const long pieces = s / BLOCK, p = b % pieces;
+        return (Block){b / pieces, 1, p * BLOCK, p < pieces - 1 ? BLOCK : s - p * BLOCK};
+    }
+    const long rows = BLOCK / s;
+    return (Block){b * rows, min(rows, n - b * rows), 0, s};
+}
+
+/* Channels of a span: as many as lie in a block's length. */
+point long spread_of(const Job *job) { return job->s > BLOCK ? 1 : max(job->run, BLOCK / job->s); }
+
+/* Span t of the whole tensor, in the order of memory. */
+point Span span_of(long t, const Job *job) {
+    const long spread = spread_of(job), spans = (job->channels + spread - 1) / spread, c0 = t % spans * spread;
+    const Block row = {t / spans, 1, 0, job->s};
+    return (Span){c0, min(c0 + spread, job->channels), job->s > BLOCK ? block_of(t / spans, job->n, job->s) : row};
+}
+
+point long chunks_of(long columns) { return max(1, columns / CHUNK); }
+point long group_of(long columns) { return max(1, STAGE / columns); }
+
+/* Chunk t; the last one of a row takes the rest. */
+point Chunk chunk_of(long t, long columns) {
+    const long chunks = chunks_of(columns), q = t % chunks;
+    return (Chunk){t / chunks, q * CHUNK, q < chunks - 1 ? CHUNK : columns - q * CHUNK};
+}
+
+/* Number of independent tasks of a phase. */
+static inline long tasks_of(const Job *job, int phase) {
+    switch (phase) {
+    case FUSED: return (job->channels + job->run - 1) / job->run;
+    case REDUCE: return job->blocks * job->channels;
+    case APPLY: {
+        const long spread = spread_of(job);
+        return (job->s > BLOCK ? job->blocks : job->n) * ((job->channels + spread - 1) / spread);
+    }
+    case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
+    default: return (job->rows + GROUPS * group_of(job->columns) - 1) / (GROUPS * group_of(job->columns));
+    }
+}
+
+/* Moments of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite. */
+point void merge(Moments *a, Moments b) {
+    if (a->count == 0) {
+        *a = b;
+        return;
+    }
+    const double delta = b.mean - a->mean, share = (double)b.count / (a->count + b.count);
+    a->mean = isfinite(delta) ? a->mean + delta * share : a->mean + b.mean;
+    a->m2 += b.m2 + delta * delta * (a->count * share);
+    a->count += b.count;
+}
+
+/* All that follows from the moments of channel c; `affine` holds weight and bias before. */
+point void finish_statistics(const Job *job, long c, Moments m) {
+    const double var = m.m2 / m.count, invstd = 1 / sqrt(var + job->eps);
+    double *stats = job->stats + c, *affine = job->affine + c;
+    stats[0] = m.mean;
+    stats[job->channels] = var;
+    stats[2 * job->channels] = invstd;
+    affine[0] = m.mean;
+    affine[job->channels] *= invstd;
+}
+
+/* All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of
+   dx = SCALE * dy + A * (x - MEAN) + B. */
+point void finish_gradient(const Job *job, long c, double rounded_mean, double sum_dy, double dot) {
+    const double count = (double)job->n * job->s, invstd = job->stats[2 * job->channels + c];
+    const double scale = job->affine[job->channels + c], low = job->stats[c] - rounded_mean;
+    double *grads = job->grads + c;
+    dot -= low * sum_dy;
+    const double a = -scale * invstd * invstd * dot / count;
+    grads[0] = dot * invstd;
+    grads[job->channels] = sum_dy;
+    grads[2 * job->channels] = a;
+    grads[3 * job->channels] = -scale * sum_dy / count - a * low;
+}
+
+#endif

@@ -1,0 +1,103 @@
+/* All kernels: for float32 and float64, for every instruction set that the compiler knows, chosen when they run. */
+
+#ifndef FASTBN_DISPATCH_H
+#define FASTBN_DISPATCH_H
+
+#include "common.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
+
+#if !defined(__GNUC__)
+#error "the kernels are written with the vector extension of GCC and Clang"
+#endif
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#define X86 1
+#define fence() _mm_sfence()
+#else
+#define X86 0
+#define fence() __atomic_thread_fence(__ATOMIC_RELEASE)
+#endif
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+
+
+
+#define VECTOR_BYTES 16
+#define ISA baseline
+#include "both_types.h"
+#undef VECTOR_BYTES
+#undef ISA
+
+#if X86
+#define VECTOR_BYTES 32
+#define ISA avx2
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include "both_types.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef VECTOR_BYTES
+#undef ISA
+
+#define VECTOR_BYTES 64
+#define ISA avx512
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#endif
+#include "both_types.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef VECTOR_BYTES
+#undef ISA
+#endif
+
+/* Instruction sets in order of preference; `kernels_of` takes an index into them. */
+static const char *const instruction_sets[] = {
+#if X86
+    "avx512", "avx2",
+#endif
+    "baseline",
+};
+enum { NUM_INSTRUCTION_SETS = sizeof instruction_sets / sizeof *instruction_sets };
+
+/* Whether this CPU has the instruction set. */
+static inline int has_instruction_set(int index) {
+#if X86
+    __builtin_cpu_init();
+    if (index == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+    if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return index < NUM_INSTRUCTION_SETS;
+}
+
+static inline const Kernels *kernels_of(int index, int itemsize) {
+    static const Kernels *const table[][2] = {
+#if X86
+        {&kernels_float_avx512, &kernels_double_avx512},
+        {&kernels_float_avx2, &kernels_double_avx2},
+#endif
+        {&kernels_float_baseline, &kernels_double_baseline},
+    };
+    return table[index][itemsize == 8];
+}
+
+#endif
