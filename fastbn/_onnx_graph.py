@@ -293,7 +293,7 @@ class Scope:
     def add_constant(self, value: Array, hint: str) -> str:
         """Add a constant under a name that is not taken."""
         name = self.model.fresh_name(hint)
-        if isinstance(self.source, GraphProto) and self.model.source.ir_version >= OLD_IR:
+        if isinstance(self.source, GraphProto) and (self.parent is None or self.model.source.ir_version >= OLD_IR):
             self.initializers[name] = value
         else:
             self.new_constants[name] = value
@@ -362,11 +362,16 @@ class Scope:
         copy_fields(self.source, target, skip={"node", "initializer", "value_info", "input"})
         if isinstance(target, GraphProto):
             assert isinstance(self.source, GraphProto)
-            gone = {tensor.name for tensor in self.source.initializer} - self.initializers.keys()
-            target.input.extend(value for value in self.source.input if value.name not in gone)
-            for name in list(self.initializers):
-                _write_tensor(self.initializers.pop(name), name, target.initializer.add())
+            given = {tensor.name for tensor in self.source.initializer}
+            kept = self.initializers.keys()
+            target.input.extend(value for value in self.source.input if value.name not in given - kept)
+            for name in list(kept):
+                tensor = target.initializer.add()
+                _write_tensor(self.initializers.pop(name), name, tensor)
+                if name not in given and self.model.source.ir_version < OLD_IR:
+                    target.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         else:
+            assert isinstance(self.source, FunctionProto)
             target.input.extend(self.source.input)
         for name in list(self.new_constants):
             node = target.node.add(op_type="Constant", output=[name])
@@ -477,9 +482,9 @@ def _evaluate(node: Node, values: Mapping[str, Array]) -> dict[str, Array]:
     opset = helper.make_opsetid("", node.scope.opset)
     function = helper.make_function("fastbn", "constant", inputs, outputs, [node.source], [opset])
     try:
-        results = ReferenceEvaluator(function).run(None, {name: values[name] for name in inputs})
+        results = ReferenceEvaluator(function).run(None, {name: values[name] for name in inputs}, attributes={})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ConstantError(f"{node.op} {node.label}: {error}") from error
+        raise ConstantError(f"{node.op} {node.label}: {error!r}") from error
     return dict(zip(outputs, results, strict=True))
 
 

@@ -420,7 +420,8 @@ def sharing(trail: Trail, bn: Node) -> Obstacle | None:
 
 def copy_in_front(bn: Node, nodes: list[Node]) -> list[Node]:
     """Put copies of a trail's nodes in front of the batch norm; they read what the nodes read."""
-    scope, renamed = bn.scope, {}
+    scope = bn.scope
+    renamed: dict[str, str] = {}
     copies = []
     for node in nodes:
         name = scope.model.fresh_name(f"{node.name}_folded") if node.name else ""

@@ -1,7 +1,7 @@
 """Fold the batch norms of ONNX models, with a reason for each that stays. Needs the extra ``onnx``.
 
 >>> result = fastbn.onnx.fold("model.onnx")
->>> onnx.save(result.model, "folded.onnx")
+>>> fastbn.onnx.save(result.model, "folded.onnx")
 >>> for entry in result.report:
 ...     print(entry.name, "folded" if entry.folded else "kept", entry.reason, entry.sentence)
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ except ModuleNotFoundError as error:
     raise ImportError('folding ONNX models needs the onnx package: pip install "fastbn[onnx]"') from error
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import ExternalDataInfo
 
 from fastbn._onnx_graph import FIRST_OPSET, STANDARD, Model, Node, bodies, tensors
 from fastbn._onnx_rules import (
@@ -39,7 +41,9 @@ from fastbn._onnx_rules import (
 )
 from fastbn.folding import DEFAULT_EPS, Affine
 
-__all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read"]
+__all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read", "save"]
+
+LARGEST_FILE = 2**31 - 2**24  # bytes of tensors: protobuf cannot write more than 2 GiB, the graph included
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def fold(
     Returns
     -------
     FoldResult
-        The folded model, in which all weights are present (no external data), and the report.
+        The folded model, with all its weights inside, and the report. :func:`save` writes it.
 
     Raises
     ------
@@ -131,7 +135,7 @@ def fold(
     TypeError
         For any other object.
     """
-    source = model if isinstance(model, ModelProto) else read(model)
+    source = model if isinstance(model, ModelProto) else read(model)[0]
     _check_model(source)
     editable = Model(source)
     norms = [node for node in editable.walk() if node.op == "BatchNormalization"]
@@ -152,8 +156,11 @@ def fold(
     return FoldResult(result, [entries[norm] for norm in norms], before, _size(result))
 
 
-def read(path: str | os.PathLike[str]) -> ModelProto:
-    """Read a model with its external data; raise OSError or ValueError as :func:`fold` does."""
+def read(path: str | os.PathLike[str]) -> tuple[ModelProto, frozenset[Path]]:
+    """Read a model whole, and return it with the files of external data that it came from.
+
+    Raises what :func:`fold` does.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"expected an ONNX model or the path of one, got {type(path).__name__}")
     path = Path(path)
@@ -163,11 +170,48 @@ def read(path: str | os.PathLike[str]) -> ModelProto:
         raise ValueError(f"{path} is not an ONNX model, or is cut short: {error}") from None
     if not model.HasField("graph"):
         raise ValueError(f"{path} is not an ONNX model: it has no graph")
+    outside = [tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
+    files = frozenset(path.parent / ExternalDataInfo(tensor).location for tensor in outside)
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, ValueError) as error:
         raise OSError(f"external data of {path} cannot be read: {error}") from None
-    return model
+    return model, files
+
+
+def save(model: ModelProto, path: str | os.PathLike[str], *, external: bool = False) -> None:
+    """Write a model aside and move it into place, so that no half-written file is ever to be seen.
+
+    With ``external``, and always where the weights exceed the 2 GiB that one ONNX file can hold, they go into a file
+    of their own, called as the model with ``.data`` behind.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        write(model, aside, external=external)
+        move(aside, path)
+
+
+def write(model: ModelProto, path: Path, *, external: bool) -> None:
+    """Write a model, in place of what may be there."""
+    if not external and _size(model).bytes < LARGEST_FILE:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    separated = ModelProto()
+    separated.CopyFrom(model)  # onnx moves the weights out of the model it saves
+    onnx.save_model(separated, path, save_as_external_data=True, location=data_path(path).name, size_threshold=0)
+
+
+def data_path(path: Path) -> Path:
+    """Return where the external data of a model are written."""
+    return path.with_name(f"{path.name}.data")
+
+
+def move(aside: Path, path: Path) -> None:
+    """Move a model, and before it its external data, into place."""
+    if data_path(aside).exists():
+        data_path(aside).replace(data_path(path))
+    aside.replace(path)
 
 
 def _check_model(model: ModelProto) -> None:
