@@ -89,6 +89,17 @@ def test_parameters_in_any_layout(operation, dtype):
         np.testing.assert_array_equal(got, expected, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", (np.int8, np.uint64, np.float16, np.longdouble))
+@operations
+def test_parameters_of_other_real_dtypes(operation, dtype):
+    x, *_ = Case((3, 5, 9, 7)).make()
+    weight, bias = np.arange(1, 6), np.arange(5, 0, -1)
+    expected = operation(x, weight.astype(float), bias.astype(float), Case(x.shape))
+    np.testing.assert_allclose(
+        operation(x, weight.astype(dtype), bias.astype(dtype), Case(x.shape)), expected, rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("name", ARRAY_LIKES)
 @operations
 def test_array_likes(operation, name):
@@ -99,6 +110,25 @@ def test_array_likes(operation, name):
     assert got.dtype == np.float64
     assert got.dtype.isnative
     np.testing.assert_allclose(got, operation(x, weight, bias, case), rtol=1e-5, atol=1e-6)
+
+
+class DlpackOnly:
+    """A producer that has no `__array__`."""
+
+    def __init__(self, a):
+        self.a = a
+
+    def __dlpack__(self, **options):
+        return self.a.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.a.__dlpack_device__()
+
+
+def test_dlpack_producers_are_array_likes():
+    x, _, _, scale, shift = Case((3, 5, 9, 7)).make()
+    got = fastbn.scale_shift(DlpackOnly(x), scale, shift)
+    np.testing.assert_array_equal(got, fastbn.scale_shift(x, scale, shift))
 
 
 @operations

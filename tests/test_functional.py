@@ -163,6 +163,16 @@ def test_batch_norm_in_eval_leaves_running_statistics_alone():
     np.testing.assert_array_equal((mean, var), kept)
 
 
+@pytest.mark.parametrize("dtypes", ((np.float32, np.float32), (np.float32, np.float64), (np.float64, np.float32)))
+def test_running_statistics_of_any_layout_and_dtype_are_updated(dtypes):
+    case = Case((6, 3, 5))
+    x, *_ = case.make(np.float64)
+    mean, var = np.zeros((3, 2), dtypes[0])[:, 0], np.ones(6, dtypes[1])[::-2]
+    fastbn.batch_norm(x, mean, var, training=True, momentum=1.0)
+    np.testing.assert_allclose(mean, x.mean((0, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, x.var((0, 2), ddof=1), rtol=1e-6)
+
+
 def test_batch_norm_without_running_statistics_uses_the_batch():
     case = Case((6, 3, 5))
     x, _, _, weight, bias = case.make(np.float32)

@@ -240,6 +240,17 @@ def test_gradients_are_assigned_and_parameters_updated_in_place_count():
     np.testing.assert_array_equal(bn(x), expected(x))
 
 
+def test_assigned_parameters_are_copied_into_place():
+    bn = fastbn.BatchNorm1d(3)
+    weight, values = bn.params["weight"], np.array([1.0, 2, 3])
+    bn.weight = values
+    values[:] = 9
+    assert bn.weight is weight
+    assert weight.tolist() == [1, 2, 3]
+    bn.bias = [4, 5, 6]
+    assert bn.params["bias"].tolist() == [4, 5, 6]
+
+
 def test_backward_follows_the_statistics_of_its_forward():
     case = Case((6, 3, 5))
     x, dy, *_ = case.make(np.float64)
@@ -349,8 +360,21 @@ def test_folded_layer_is_immutable():
     np.testing.assert_array_equal(folded.scale, scale)
     with pytest.raises(ValueError, match="read-only"):
         folded.scale[0] = 2
-    with pytest.raises(AttributeError):
-        folded.scale = scale
+    for name in ("scale", "axis", "new"):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(folded, name, scale)
+        with pytest.raises(AttributeError, match="immutable"):
+            delattr(folded, name)
+
+
+def test_folded_layer_pickles():
+    bn = randomised(fastbn.BatchNorm2d(3, axis=-1, dtype=np.float64))
+    folded = bn.fold()
+    twin = pickle.loads(pickle.dumps(folded))
+    x = Case((2, 4, 4, 3), axis=-1).make().x
+    np.testing.assert_array_equal(twin(x), folded(x))
+    assert twin.scale.dtype == np.float64
+    assert not twin.scale.flags.writeable
 
 
 def test_fold_needs_running_statistics():

@@ -133,6 +133,16 @@ def test_infinity_stays_in_its_channel():
     assert np.isfinite(m.m2[[0, 2]]).all()
 
 
+def test_equality():
+    m = Moments.empty(3).update(sample(5))
+    assert m == Moments(m.count, m.mean, m.m2)
+    assert m != Moments(m.count + 1, m.mean, m.m2)
+    assert m != Moments(m.count, m.mean + 1, m.m2)
+    assert m != "other"
+    nan = Moments(1, [np.nan], [np.nan])
+    assert nan == Moments(1, [np.nan], [np.nan])
+
+
 def test_pickle_and_repr():
     m = Moments.empty(2).update(np.array([[1.0, 2.0], [3.0, 5.0]]))
     twin = pickle.loads(pickle.dumps(m))
@@ -154,6 +164,7 @@ def test_pickle_and_repr():
         (lambda _: Moments.empty(2.5), TypeError, ("2.5",)),
         (lambda _: Moments(-1, np.zeros(3), np.zeros(3)), ValueError, ("count", "-1")),
         (lambda _: Moments(1.5, np.zeros(3), np.zeros(3)), TypeError, ("count", "float")),
+        (lambda _: Moments(2, np.zeros(3), -np.ones(3)), ValueError, ("m2", "-1")),
         (lambda _: Moments(2, np.zeros(3), np.zeros(4)), ValueError, ("m2", "3", "4")),
         (lambda _: Moments(2, np.zeros((3, 1)), np.zeros(3)), ValueError, ("mean", "(3, 1)")),
     ),

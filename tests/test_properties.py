@@ -14,17 +14,16 @@ import fastbn
 pytestmark = pytest.mark.usefixtures("backend")
 
 axes = st.sampled_from((1, -1))
-shapes = npst.array_shapes(min_dims=2, max_dims=5, max_side=9)
+shapes = npst.array_shapes(min_dims=2, max_dims=5, max_side=12)
 dtypes = st.sampled_from((np.float32, np.float64))
+seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def inputs(draw, shape=shapes, dtype=dtypes):
+def inputs(draw):
     """Draw an array and its channel axis; values lie on a grid, so that sums of a few of them are exact."""
-    x = draw(
-        npst.arrays(draw(dtype), draw(shape), elements=st.integers(-64, 64).map(lambda k: k / 8), fill=st.nothing())
-    )
-    return x, draw(axes)
+    shape, dtype, seed = draw(shapes), draw(dtypes), draw(seeds)
+    return (np.random.default_rng(seed).integers(-64, 65, shape) / 8).astype(dtype), draw(axes)
 
 
 def reduced(x, axis):
@@ -81,7 +80,7 @@ def test_shift_and_scale_do_not_change_the_output(given, shift, scale):
     np.testing.assert_allclose(moved_invstd * scale, invstd, rtol=1e-9)
 
 
-@given(inputs(), st.integers(0, 2**32 - 1))
+@given(inputs(), seeds)
 def test_gradient_is_orthogonal_to_mean_and_to_the_output(given, seed):
     """Neither a shift nor a scaling of x changes y, so dx has no part along 1, nor, but for eps, along x."""
     x, axis = given
@@ -124,7 +123,7 @@ def test_the_two_layouts_agree(given):
     np.testing.assert_allclose(y, back, rtol=1e-6, atol=1e-6)
 
 
-@given(inputs(), st.permutations(range(9)))
+@given(inputs(), st.permutations(range(12)))
 def test_order_of_channels_does_not_matter(given, order):
     x, axis = given
     if x.size == x.shape[axis]:

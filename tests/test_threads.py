@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from cases import CASES, DTYPES, Case
 from conftest import CPUS
+from subprocesses import python
 
 import fastbn
 
@@ -53,3 +57,46 @@ def test_callers_on_their_own_threads_get_their_own_results(backend):
     with ThreadPoolExecutor(8) as pool:
         for k, got in enumerate(pool.map(work, range(32))):
             assert_identical(got, expected[k % 4])
+
+
+@pytest.mark.parametrize("backend", ("numba", "cython"), indirect=True, scope="module")
+def test_other_threads_run_meanwhile(backend):
+    """Kernels release the interpreter lock: a thread that notes the time finds many times within a call."""
+    x = Case((8, 64, 144, 145)).make().x
+    y = np.empty_like(x)
+    fastbn.set_num_threads(1)
+    times, done = [], threading.Event()
+
+    def note():
+        while not done.wait(0.0005):
+            times.append(time.perf_counter())
+
+    thread = threading.Thread(target=note)
+    thread.start()
+    try:
+        for _ in range(20):
+            start = time.perf_counter()
+            fastbn.batch_norm_forward(x, out=y)
+            end = time.perf_counter()
+            if sum(start < t < end for t in times) > 3:
+                break
+        else:
+            pytest.fail(f"no other thread ran during a call of {end - start:.3f} s")
+    finally:
+        done.set()
+        thread.join()
+
+
+FORKED = """
+import os, sys, numpy as np, fastbn
+x = np.random.default_rng(0).standard_normal((8, 16, 55, 55), np.float32)
+expected = fastbn.batch_norm_forward(x)[0]
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0 if np.array_equal(fastbn.batch_norm_forward(x)[0], expected) else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes(backend):
+    assert python(FORKED, FASTBN_BACKEND=backend).returncode == 0
