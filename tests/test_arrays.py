@@ -151,22 +151,24 @@ def test_in_place(operation, case):
 
 @operations
 def test_out_that_overlaps_the_input(operation):
-    case = Case((3, 5, 9, 7))
+    """With enough values that some are written long before others are read."""
+    case = Case((4, 8, 64, 65))
     x, _, _, weight, bias = case.make()
     expected = operation(x, weight, bias, case)
-    for shift in (-9, -1, 1, 16):
-        memory = np.zeros(x.size + 40, np.float32)
-        given, out = (memory[start : start + x.size].reshape(x.shape) for start in (20, 20 + shift))
+    for shift in (-4000, -1, 1, 4000):
+        memory = np.zeros(x.size + 8000, np.float32)
+        given, out = (memory[start : start + x.size].reshape(x.shape) for start in (4000, 4000 + shift))
         given[...] = x
         operation(given, weight, bias, case, out=out)
         np.testing.assert_array_equal(out, expected)
-    memory = np.zeros((3, 5, 9, 9), np.float32)
-    memory[..., :7] = x
-    operation(memory[..., :7], weight, bias, case, out=memory[..., 2:])
+    memory = np.zeros((4, 8, 64, 67), np.float32)
+    memory[..., :65] = x
+    operation(memory[..., :65], weight, bias, case, out=memory[..., 2:])
     np.testing.assert_array_equal(memory[..., 2:], expected)
-    x, backwards = x.copy(), x[::-1]
-    expected = operation(backwards, weight, bias, case)
-    np.testing.assert_array_equal(operation(backwards, weight, bias, case, out=x), expected)
+    reverse = x[::-1]
+    expected = operation(reverse.copy(), weight, bias, case)
+    operation(reverse, weight, bias, case, out=x)
+    np.testing.assert_array_equal(x, expected)
 
 
 @pytest.mark.parametrize("name", ("x", "dy"))

@@ -338,6 +338,9 @@ def test_copies_are_equal_and_independent(duplicate):
     twin.params["weight"] += 1
     assert not np.array_equal(twin.weight, bn.weight)
     assert twin.weight is twin.params["weight"]
+    bn(case.make().x)
+    with pytest.raises(RuntimeError, match="forward"):  # the copy of a layer has not its input
+        duplicate(bn).backward(case.make().dy)
 
 
 @pytest.mark.parametrize("options", ({}, {"affine": False}, {"bias": False}), ids=str)

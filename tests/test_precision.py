@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import Case
+from cases import DTYPES, Case
 from reference import assert_close
 from reference import batch_norm as reference
 
@@ -49,12 +49,14 @@ def test_float32_output_at_a_far_mean_is_nearer_than_pytorch_s(torch, case):
 
 
 @pytest.mark.parametrize("value", (1e7, -3.3, 0.1, 1e-30, 1e30))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
-def test_constant_channel_gives_exactly_the_bias(case, value):
-    _, _, _, weight, bias = case.make(np.float32)
-    y, mean, _ = fastbn.batch_norm_forward(np.full(case.shape, value, np.float32), weight, bias, axis=case.axis)
+def test_constant_channel_gives_exactly_the_bias(case, dtype, value):
+    _, _, _, weight, bias = case.make(dtype)
+    y, mean, invstd = fastbn.batch_norm_forward(np.full(case.shape, value, dtype), weight, bias, axis=case.axis)
     np.testing.assert_array_equal(y, np.broadcast_to(case.per_channel(bias), case.shape))
-    np.testing.assert_array_equal(mean, np.float32(value))
+    np.testing.assert_array_equal(mean, dtype(value))
+    np.testing.assert_array_equal(invstd, 1 / np.sqrt(1e-5))
 
 
 @pytest.mark.parametrize(
