@@ -1,7 +1,7 @@
 """The command line: ``fastbn demo``, ``fastbn fold``, ``fastbn info``.
 
-Exit status 0, 2 for what the user can mend (with one line on stderr), 130 after Ctrl-C. What a command needs is
-imported when it runs.
+Exit status 0, 1 where ``fold --check`` fails, 2 for what the user can mend (with one line on stderr), 130 after Ctrl-C.
+What a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fastbn
+from fastbn import _fold_command
 from fastbn._engine import BACKENDS
 
 USER_ERROR = 2
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
+    _fold_command.add_parser(commands)
     _add_info(commands)
     return parser
 

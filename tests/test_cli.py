@@ -50,6 +50,7 @@ def test_info_with_an_impossible_environment():
         ([], "COMMAND"),
         (["dance"], "'dance'"),
         (["info", "more"], "more"),
+        (["fold"], "IN"),
         (["demo", "--epochs", "0"], "an integer of at least 1, got '0'"),
         (["demo", "--epochs", "1.5"], "got '1.5'"),
         (["demo", "--seed", "-1"], "an integer from 0 to 4294967295, got '-1'"),
@@ -69,7 +70,15 @@ def test_wrong_arguments_take_one_line(capsys, arguments, words):
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", ([], ["demo"], ["info"]))
+def test_fold_is_there(tmp_path, capsys):
+    assert main(["fold", str(tmp_path / "missing.onnx")]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "missing.onnx" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ([], ["demo"], ["fold"], ["info"]))
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, "--help"])

@@ -365,7 +365,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("fastbn demo: error: original.onnx: No space left on device\n")
 
 
-@pytest.mark.parametrize("missing", ("sklearn", "onnx", "onnxruntime", "matplotlib", "rich"))
+@pytest.mark.parametrize("missing", ("sklearn", "onnx", "onnxruntime", "matplotlib", "rich", "threadpoolctl"))
 def test_without_the_extra_the_command_that_installs_it(monkeypatch, capsys, missing):
     monkeypatch.delitem(sys.modules, "fastbn.demo")
     monkeypatch.delattr(fastbn, "demo")
