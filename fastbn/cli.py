@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
+    parser: argparse.ArgumentParser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)

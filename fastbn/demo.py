@@ -36,7 +36,7 @@ import fastbn
 from fastbn._demo_net import Array, Block, Network, Relu, Sgd, Stopwatch, Unit, cross_entropy, residual_network
 
 BATCH_SIZE = 64
-# The best of 0.02, 0.05, 0.1 and 0.2 with batch norm. Without it 0.02 is the best; 0.05 still trains, 0.2 mostly not.
+# With batch norm the fastest of 0.02, 0.05, 0.1 and 0.2. Without it 0.02 does better, and 0.05 still trains.
 LEARNING_RATE = 0.05
 TARGET = 0.95
 TEST_SHARE = 0.2
@@ -412,7 +412,8 @@ def _draw_activations(upper: Axes, lower: Axes, network: Network, x: Array) -> N
     assert isinstance(unit.norm, fastbn.BatchNorm2d)
     before = unit.conv(network.features(x, last))
     after = fastbn.batch_norm(before, unit.norm.running_mean, unit.norm.running_var, eps=unit.norm.eps, axis=-1)
-    bins = np.linspace(*np.percentile(before, [0.05, 99.95]), 70)
+    low, high = np.percentile(before, [0.05, 99.95])
+    bins = np.linspace(low, high, 70)
     # From the lowest to the highest mean, so that neighbours in colour are neighbours in place.
     order = np.argsort(before.mean(axis=(0, 1, 2)))
     shown = order[np.linspace(0, len(order) - 1, min(HISTOGRAM_CHANNELS, len(order))).round().astype(int)]
