@@ -23,6 +23,8 @@ Array = NDArray[Any]
 Wide = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
+EPSILON = float(np.float32(1e-5))  # where the attribute, a float32, is absent
+
 REASONS = {
     "into-producer": "folded into the linear node in front of it",
     "into-consumer": "folded into the linear nodes behind it",
@@ -82,7 +84,7 @@ def affine_of(bn: Node, parameters: Parameters) -> Affine:
     """Return the map of a BatchNormalization node in inference."""
     scale, bias, mean, var = parameters
     try:
-        return folding.affine_of_statistics(mean, var, scale, bias, attribute(bn, "epsilon", folding.DEFAULT_EPS))
+        return folding.affine_of_statistics(mean, var, scale, bias, attribute(bn, "epsilon", EPSILON))
     except ValueError as error:
         raise Obstacle("invalid-parameter", str(error)) from None
 
@@ -154,7 +156,10 @@ def weight_of(node: Node, rank: int | None) -> Weight:
     if node.op == "MatMul":
         return _matmul_weight(node, node.scope.rank(node.outputs[0]) or rank)
     if node.op == "BatchNormalization":
-        check_inference(node)
+        try:
+            check_inference(node)
+        except Obstacle as obstacle:
+            raise Obstacle("no-linear-neighbour", f"of {node.label} in front of it: {obstacle.sentence}") from None
     value = parameter(node, 1)
     try:
         if node.op in CONVOLUTIONS:
@@ -499,8 +504,6 @@ def into_consumers(bn: Node, affine: Affine) -> Placed:
 
 def takers_of(bn: Node, name: str, affine: Affine) -> Iterator[Taken]:
     """Compute what every reader of a value takes in, seen through the nodes that hand the value on."""
-    if name in bn.scope.exported:
-        raise Obstacle("graph-output", f"{name} is an output of the graph")
     obstacles, count = [], 0
     for reader in bn.scope.readers[name]:
         if reader.op in ("Shape", "Size"):
@@ -518,6 +521,9 @@ def takers_of(bn: Node, name: str, affine: Affine) -> Iterator[Taken]:
         if count and first.code == "no-linear-neighbour":
             raise Obstacle("second-consumer", f"not all that reads {name} can take it in: {first.sentence}")
         raise first
+    if name in bn.scope.exported:
+        code = "graph-output" if count else "no-linear-neighbour"
+        raise Obstacle(code, f"its output {name} is an output of the graph")
 
 
 def taken_by(node: Node, bn: Node, name: str, affine: Affine) -> Taken:

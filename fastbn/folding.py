@@ -390,7 +390,7 @@ def fold_term(term: Wide, affine: Affine, dtype: np.dtype[Any]) -> tuple[Array, 
     """Send an added constant (..., C) through ``affine``, rounded to ``dtype``; flag the channels that overflow."""
     rounded = _round(affine(term), dtype)
     overflow = affine.finite & np.isfinite(term) & ~np.isfinite(rounded)
-    flags: Flags = np.asarray(overflow).reshape(-1, affine.channels).any(axis=0)
+    flags: Flags = np.logical_or.reduce(np.reshape(overflow, (-1, affine.channels)), axis=0)
     return rounded, flags
 
 

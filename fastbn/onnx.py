@@ -28,6 +28,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from fastbn._onnx_graph import FIRST_OPSET, STANDARD, Model, Node, bodies, tensors
 from fastbn._onnx_rules import (
+    EPSILON,
     REASONS,
     Obstacle,
     Parameters,
@@ -39,7 +40,7 @@ from fastbn._onnx_rules import (
     parameters_of,
     walk_back,
 )
-from fastbn.folding import DEFAULT_EPS, Affine
+from fastbn.folding import Affine
 
 __all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read", "save"]
 
@@ -257,7 +258,7 @@ def _fold_one(norm: Node, entry: FoldEntry, *, duplicate: bool) -> FoldEntry:
 
 def _figures(norm: Node, parameters: Parameters, affine: Affine) -> dict[str, Any]:
     magnitude = np.abs(affine.scale)
-    eps = attribute(norm, "epsilon", DEFAULT_EPS)
+    eps = attribute(norm, "epsilon", EPSILON)
     return {
         "channels": affine.channels,
         "min_scale": float(magnitude.min(initial=np.inf)),
