@@ -1,0 +1,84 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+openmp: bool
+
+def get_instruction_set() -> str: ...
+def available_instruction_sets() -> list[str]: ...
+def set_instruction_set(name: str) -> None: ...
+def lanes(itemsize: int) -> int: ...
+def forward(
+    reduce: bool,
+    apply: bool,
+    threads: int,
+    split: bool,
+    streaming: bool,
+    run: int,
+    columns: int,
+    rows: int,
+    block: int,
+    blocks: int,
+    ahead: int,
+    n: int,
+    channels: int,
+    s: int,
+    eps: float,
+    slope: float,
+    x: NDArray[Any],
+    residual: NDArray[Any],
+    y: NDArray[Any],
+    signs: NDArray[Any],
+    stats: NDArray[Any],
+    affine: NDArray[Any],
+    coef: NDArray[Any],
+    part: NDArray[Any],
+    itemsize: int,
+) -> None: ...
+def backward(
+    threads: int,
+    split: bool,
+    streaming: bool,
+    run: int,
+    columns: int,
+    rows: int,
+    block: int,
+    blocks: int,
+    ahead: int,
+    n: int,
+    channels: int,
+    s: int,
+    training: bool,
+    slope: float,
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    stats: NDArray[Any],
+    affine: NDArray[Any],
+    signs: NDArray[Any],
+    dx: NDArray[Any],
+    dresidual: NDArray[Any],
+    grads: NDArray[Any],
+    coef: NDArray[Any],
+    part: NDArray[Any],
+    itemsize: int,
+) -> None: ...
+def fold(
+    running_mean: NDArray[Any],
+    running_var: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any],
+    eps: float,
+    stats: NDArray[Any],
+    affine: NDArray[Any],
+    channels: int,
+    itemsize: int,
+) -> None: ...
+def update_running(
+    running_mean: NDArray[Any],
+    running_var: NDArray[Any],
+    stats: NDArray[Any],
+    count: int,
+    factor: float,
+    channels: int,
+    itemsize: int,
+) -> None: ...
