@@ -84,6 +84,7 @@ SMALL = (
     Case((33, 17)),
     Case((7, 144)),
     Case((257, 16)),
+    Case((9, 1009)),
     Case((2, 3, 1)),
     Case((1, 16, 40)),
     Case((3, 17, 31)),
@@ -99,6 +100,7 @@ SMALL = (
     Case((2, 13, 13, 17), axis=-1),
     Case((3, 14, 14, 1), axis=-1),
     Case((1, 5, 7, 3), axis=-1),
+    Case((3, 129, 3, 3)),
     Case((2, 3, 3, 4, 5)),
     Case((1, 17, 2, 7, 7)),
     Case((2, 3, 4, 5, 16), axis=-1),
@@ -107,6 +109,8 @@ SMALL = (
 # Big enough to go parallel: many channels, one channel, one sample, short rows, long rows.
 PARALLEL = (
     Case((4096, 64)),
+    Case((3, 40009)),
+    Case((2, 2, 33001)),
     Case((8, 16, 55, 55)),
     Case((16, 1, 120, 120)),
     Case((1, 17, 112, 112)),
