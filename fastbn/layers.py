@@ -412,8 +412,7 @@ class ScaleShift:
         affine[1] = channel_vector(scale, "scale", affine.shape[1])
         affine[2] = channel_vector(shift, "shift", affine.shape[1])
         rounded = affine.astype(_dtype(dtype))
-        for array in (affine, rounded):
-            array.flags.writeable = False
+        rounded.flags.writeable = False
         for name, value in (
             ("_affine", affine),
             ("_slope", slope_of(activation)),

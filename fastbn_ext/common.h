@@ -8,12 +8,11 @@
 #include <stdint.h>
 
 #define point static inline __attribute__((always_inline))
-#define line_aligned __attribute__((aligned(64)))
 #define prefetch(address) __builtin_prefetch(address, 0, 2)
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { LINE = 64, BLOCK = 1 << 14, STAGE = 1 << 10, STAGED = 2 * STAGE + 32, CHUNK = 512, GROUPS = 16 };
+enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1152, AHEAD = 2048 };
 
 /* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
 typedef struct {
@@ -43,7 +42,7 @@ typedef struct { long block, column, width; } Chunk;        /* columns of a bloc
 point long min(long a, long b) { return a < b ? a : b; }
 point long max(long a, long b) { return a > b ? a : b; }
 point long words_of(long s, long lanes) { return (s + lanes - 1) / lanes; }
-point long misaligned(const void *x, long itemsize) { return ((uintptr_t)x & (LINE - 1)) / itemsize; }
+point long to_line(const void *x, long itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
 
 /* Block b of a channel. The last one of a row takes the rest: none is shorter than a vector. */
 point Block block_of(long b, long n, long s) {
@@ -66,7 +65,7 @@ point Span span_of(long t, const Job *job) {
 }
 
 point long chunks_of(long columns) { return max(1, columns / CHUNK); }
-point long group_of(long columns) { return max(1, STAGE / columns); }
+point long group_of(long columns) { return max(1, GROUP / columns); }
 
 /* Chunk t; the last one of a row takes the rest. */
 point Chunk chunk_of(long t, long columns) {
@@ -84,7 +83,7 @@ static inline long tasks_of(const Job *job, int phase) {
         return (job->s > BLOCK ? job->blocks : job->n) * ((job->channels + spread - 1) / spread);
     }
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
-    default: return (job->rows + GROUPS * group_of(job->columns) - 1) / (GROUPS * group_of(job->columns));
+    default: return (job->rows + group_of(job->columns) - 1) / group_of(job->columns);
     }
 }
 

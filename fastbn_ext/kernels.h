@@ -54,18 +54,11 @@ point V NAME(gradient)(V dy, V x, int training, V scale, V mean, V a, V b) {
     return training ? scale * dy + (a * (x - mean) + b) : scale * dy;
 }
 
-/* --- streaming ---------------------------------------------------------------------------------------------------- */
-
-/* Copy a stage to y[0 : length], whole lines past the cache; it is misaligned like y. */
-static void NAME(flush)(const REAL *stage, REAL *y, long length) {
-    long skew = misaligned(y, sizeof(REAL)), end = skew + length, i = skew;
-    y -= skew;
-    if (skew) {
-        i = min(LINE / (long)sizeof(REAL), end);
-        for (long j = skew; j < i; j++) y[j] = stage[j];
-    }
-    for (; i + LANES <= end; i += LANES) NAME(stream)(y + i, NAME(load)(stage + i));
-    for (; i < end; i++) y[i] = stage[i];
+/* Address AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. */
+point const REAL *NAME(far_ahead)(const REAL *x, long i, long length, long stride) {
+    const long skip = AHEAD / length;
+    i += AHEAD % length;
+    return x + skip * stride + (i < length ? i : i + stride - length);
 }
 
 /* --- row nest ----------------------------------------------------------------------------------------------------- */
@@ -81,6 +74,7 @@ static long NAME(block_moments)(const Job *job, long c, long b, double *mean, do
     const MW tail = NAME(wide_mask)(NAME(last)(rest));
     for (long r = 0; r < k.rows; r++, x += stride) {
         for (long i = 0; i + LANES <= k.length; i += LANES) {
+            prefetch(NAME(far_ahead)(x, i, k.length, stride));
             W d = NAME(widen)(NAME(load)(x + i)) - around;
             s1 += d;
             s2 += d * d;
@@ -102,7 +96,7 @@ static long NAME(block_moments)(const Job *job, long c, long b, double *mean, do
 /* Sums of gated dy and of dy * (x - MEAN) over block b of channel c, added to the given ones. */
 static void NAME(block_gradients)(const Job *job, long c, long b, double *sum_dy, double *sum_dot) {
     const Block k = block_of(b, job->n, job->s);
-    const long words = words_of(job->s, LANES), rest = k.length % LANES;
+    const long words = words_of(job->s, LANES), rest = k.length % LANES, stride = job->channels * job->s;
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
@@ -113,6 +107,8 @@ static void NAME(block_gradients)(const Job *job, long c, long b, double *sum_dy
         const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
         const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
         for (long i = 0; i + LANES <= k.length; i += LANES, sign += sign != 0) {
+            prefetch(NAME(far_ahead)(x, i, k.length, stride));
+            prefetch(NAME(far_ahead)(dy, i, k.length, stride));
             V value = NAME(load)(x + i);
             W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
             dys += g;
@@ -134,21 +130,24 @@ static void NAME(block_gradients)(const Job *job, long c, long b, double *sum_dy
 point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, long length, long c, REAL *y, uint16_t *sign) {
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
-    const V low = NAME(splat)(coef[LOW * job->channels]);
-    const long end = length - LANES;
-    const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : (V){0};
+    const V low = NAME(splat)(coef[LOW * job->channels]), none = {0};
+    const long end = length - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
+    const int streaming = job->streaming && !(sign && head);
+    long i = streaming ? head : 0;
+    const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
+    if (i) NAME(store)(y, NAME(output)(NAME(load)(x), residual ? NAME(load)(residual) : none, high, scale, low, slope, 0));
     if (slope == 1 && !residual)
-        for (long i = 0; i <= end; i += LANES) {
-            prefetch(x + i + job->ahead);
-            NAME(store)(y + i, (NAME(load)(x + i) - high) * scale + low);
+        for (; i <= end; i += LANES) {
+            if (job->ahead) prefetch(x + i + job->ahead);
+            NAME(put)(y + i, (NAME(load)(x + i) - high) * scale + low, streaming);
         }
     else
-        for (long i = 0; i <= end; i += LANES, sign += sign != 0) {
-            V added = residual ? NAME(load)(residual + i) : (V){0};
-            prefetch(x + i + job->ahead);
-            NAME(store)(y + i, NAME(output)(NAME(load)(x + i), added, high, scale, low, slope, sign));
+        for (; i <= end; i += LANES, sign += sign != 0) {
+            V added = residual ? NAME(load)(residual + i) : none;
+            if (job->ahead) prefetch(x + i + job->ahead);
+            NAME(put)(y + i, NAME(output)(NAME(load)(x + i), added, high, scale, low, slope, sign), streaming);
         }
-    if (length % LANES) NAME(store)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign));
+    if (i < length) NAME(store)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign));
 }
 
 /* dx, and dresidual if wanted, of `length` values of channel c. */
@@ -158,69 +157,53 @@ point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, lon
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
     const V a = NAME(splat)(coef[A * job->channels]), b = NAME(splat)(coef[B * job->channels]);
-    const long end = length - LANES;
+    const long end = length - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
+    const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
+    long i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    for (long i = 0; i <= end; i += LANES, sign += sign != 0) {
+    if (i) {
+        V value = NAME(load)(x), g = NAME(gated)(NAME(load)(dy), value, high, scale, low, slope, 0);
+        NAME(store)(dx, NAME(gradient)(g, value, job->training, scale, mean, a, b));
+        if (dresidual) NAME(store)(dresidual, g);
+    }
+    for (; i <= end; i += LANES, sign += sign != 0) {
         V value = NAME(load)(x + i);
         V g = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
-        prefetch(x + i + job->ahead);
-        prefetch(dy + i + job->ahead);
-        NAME(store)(dx + i, NAME(gradient)(g, value, job->training, scale, mean, a, b));
-        if (dresidual) NAME(store)(dresidual + i, g);
+        if (job->ahead) {
+            prefetch(x + i + job->ahead);
+            prefetch(dy + i + job->ahead);
+        }
+        NAME(put)(dx + i, NAME(gradient)(g, value, job->training, scale, mean, a, b), streaming);
+        if (dresidual) NAME(put)(dresidual + i, g, streaming);
     }
-    if (length % LANES) {
+    if (i < length) {
         V g = NAME(gated)(last_dy, last, high, scale, low, slope, sign);
         NAME(store)(dx + end, NAME(gradient)(g, last, job->training, scale, mean, a, b));
         if (dresidual) NAME(store)(dresidual + end, g);
     }
 }
 
-/* Output of a block of channels c0 to c1, in runs of channels whose rows lie side by side in memory. */
+/* Output of a block of channels c0 to c1. */
 static void NAME(apply_block)(const Job *job, long c0, long c1, Block k) {
-    line_aligned REAL stage[STAGED];
     const long words = words_of(job->s, LANES);
     for (long row = k.first; row < k.first + k.rows; row++)
-        for (long c = c0; c < c1; c += job->run) {
-            const long run = min(job->run, c1 - c), pieces = run == 1 ? max(1, k.length / STAGE) : 1;
-            for (long p = 0; p < pieces; p++) {
-                const long size = p < pieces - 1 ? STAGE : k.length - p * STAGE;
-                const long begin = (row * job->channels + c) * job->s + k.column + p * STAGE;
-                const long word = (row * job->channels + c) * words + (k.column + p * STAGE) / LANES;
-                REAL *y = (REAL *)job->y + begin;
-                REAL *to = job->streaming ? stage + misaligned(y, sizeof(REAL)) : y;
-                for (long j = 0; j < run; j++)
-                    NAME(apply_row)(job, (const REAL *)job->x + begin + j * job->s,
-                                    job->residual ? (const REAL *)job->residual + begin + j * job->s : 0, size, c + j,
-                                    to + j * job->s, job->signs ? job->signs + word + j * words : 0);
-                if (job->streaming) NAME(flush)(stage, y, (run - 1) * job->s + size);
-            }
+        for (long c = c0; c < c1; c++) {
+            const long at = (row * job->channels + c) * job->s + k.column;
+            uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
+            NAME(apply_row)(job, (const REAL *)job->x + at, job->residual ? (const REAL *)job->residual + at : 0, k.length, c,
+                            (REAL *)job->y + at, sign);
         }
 }
 
 /* dx and dresidual of a block of channels c0 to c1. */
 static void NAME(gradient_block)(const Job *job, long c0, long c1, Block k) {
-    line_aligned REAL stage[STAGED], stage2[STAGED];
     const long words = words_of(job->s, LANES);
     for (long row = k.first; row < k.first + k.rows; row++)
-        for (long c = c0; c < c1; c += job->run) {
-            const long run = min(job->run, c1 - c), pieces = run == 1 ? max(1, k.length / STAGE) : 1;
-            for (long p = 0; p < pieces; p++) {
-                const long size = p < pieces - 1 ? STAGE : k.length - p * STAGE;
-                const long begin = (row * job->channels + c) * job->s + k.column + p * STAGE;
-                const long word = (row * job->channels + c) * words + (k.column + p * STAGE) / LANES;
-                REAL *dx = (REAL *)job->dx + begin, *dresidual = job->dresidual ? (REAL *)job->dresidual + begin : 0;
-                REAL *to = dx, *to2 = dresidual;
-                if (job->streaming) {
-                    to = stage + misaligned(dx, sizeof(REAL));
-                    to2 = dresidual ? stage2 + misaligned(dresidual, sizeof(REAL)) : 0;
-                }
-                for (long j = 0; j < run; j++)
-                    NAME(gradient_row)(job, (const REAL *)job->dy + begin + j * job->s,
-                                       (const REAL *)job->x + begin + j * job->s, size, c + j, to + j * job->s,
-                                       to2 ? to2 + j * job->s : 0, job->signs ? job->signs + word + j * words : 0);
-                if (job->streaming) NAME(flush)(stage, dx, (run - 1) * job->s + size);
-                if (job->streaming && dresidual) NAME(flush)(stage2, dresidual, (run - 1) * job->s + size);
-            }
+        for (long c = c0; c < c1; c++) {
+            const long at = (row * job->channels + c) * job->s + k.column;
+            uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
+            NAME(gradient_row)(job, (const REAL *)job->dy + at, (const REAL *)job->x + at, k.length, c, (REAL *)job->dx + at,
+                               job->dresidual ? (REAL *)job->dresidual + at : 0, sign);
         }
 }
 
@@ -276,84 +259,56 @@ static void NAME(column_gradients)(const Job *job, long t) {
     }
 }
 
-/* Output of columns j0 to j0 + width of a row. */
-point void NAME(apply_columns)(const Job *job, const REAL *x, const REAL *residual, long j0, long width, REAL *y,
-                               uint16_t *sign) {
-    const REAL *coef = (const REAL *)job->coef + j0, slope = job->slope;
-    const long end = width - LANES;
+/* Output of a row. */
+point void NAME(apply_columns)(const Job *job, const REAL *x, const REAL *residual, REAL *y, uint16_t *sign) {
+    const REAL *coef = (const REAL *)job->coef, slope = job->slope;
+    const long columns = job->columns, end = columns - LANES;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : (V){0};
-    for (long j = 0; j < width; j += LANES, sign += sign != 0) {
+    for (long j = 0; j < columns; j += LANES, sign += sign != 0) {
         const long k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k);
         V added = k < j || !residual ? last_added : NAME(load)(residual + k);
-        NAME(store)(y + k, NAME(output)(value, added, NAME(load)(coef + HIGH * job->columns + k),
-                                        NAME(load)(coef + SCALE * job->columns + k),
-                                        NAME(load)(coef + LOW * job->columns + k), slope, sign));
+        NAME(store)(y + k, NAME(output)(value, added, NAME(load)(coef + HIGH * columns + k),
+                                        NAME(load)(coef + SCALE * columns + k),
+                                        NAME(load)(coef + LOW * columns + k), slope, sign));
     }
 }
 
-/* dx, and dresidual if wanted, of columns j0 to j0 + width of a row. */
-point void NAME(gradient_columns)(const Job *job, const REAL *dy, const REAL *x, long j0, long width, REAL *dx,
-                                  REAL *dresidual, const uint16_t *sign) {
-    const REAL *coef = (const REAL *)job->coef + j0, slope = job->slope;
-    const long end = width - LANES;
+/* dx, and dresidual if wanted, of a row. */
+point void NAME(gradient_columns)(const Job *job, const REAL *dy, const REAL *x, REAL *dx, REAL *dresidual,
+                                  const uint16_t *sign) {
+    const REAL *coef = (const REAL *)job->coef, slope = job->slope;
+    const long columns = job->columns, end = columns - LANES;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    for (long j = 0; j < width; j += LANES, sign += sign != 0) {
+    for (long j = 0; j < columns; j += LANES, sign += sign != 0) {
         const long k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k), g = k < j ? last_dy : NAME(load)(dy + k);
-        V scale = NAME(load)(coef + SCALE * job->columns + k);
-        g = NAME(gated)(g, value, NAME(load)(coef + HIGH * job->columns + k), scale,
-                        NAME(load)(coef + LOW * job->columns + k), slope, sign);
-        NAME(store)(dx + k, NAME(gradient)(g, value, job->training, scale, NAME(load)(coef + MEAN * job->columns + k),
-                                           NAME(load)(coef + A * job->columns + k), NAME(load)(coef + B * job->columns + k)));
+        V scale = NAME(load)(coef + SCALE * columns + k);
+        g = NAME(gated)(g, value, NAME(load)(coef + HIGH * columns + k), scale,
+                        NAME(load)(coef + LOW * columns + k), slope, sign);
+        NAME(store)(dx + k, NAME(gradient)(g, value, job->training, scale, NAME(load)(coef + MEAN * columns + k),
+                                           NAME(load)(coef + A * columns + k), NAME(load)(coef + B * columns + k)));
         if (dresidual) NAME(store)(dresidual + k, g);
     }
 }
 
-/* Output of the t-th GROUPS groups of rows. */
+/* Output of the t-th group of rows. */
 static void NAME(apply_group)(const Job *job, long t) {
-    line_aligned REAL stage[STAGED];
     const long columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
-    const long pieces = max(1, columns / STAGE), end = min((t + 1) * GROUPS * group, job->rows);
-    for (long first = t * GROUPS * group; first < end; first += group) {
-        const long count = min(group, job->rows - first);
-        for (long p = 0; p < pieces; p++) {
-            const long j0 = p * STAGE, width = p < pieces - 1 ? STAGE : columns - j0, begin = first * columns + j0;
-            REAL *y = (REAL *)job->y + begin;
-            REAL *to = job->streaming ? stage + misaligned(y, sizeof(REAL)) : y;
-            for (long r = 0; r < count; r++)
-                NAME(apply_columns)(job, (const REAL *)job->x + begin + r * columns,
-                                    job->residual ? (const REAL *)job->residual + begin + r * columns : 0, j0, width,
-                                    to + r * columns, job->signs ? job->signs + (first + r) * words + j0 / LANES : 0);
-            if (job->streaming) NAME(flush)(stage, y, (count - 1) * columns + width);
-        }
-    }
+    for (long row = t * group; row < min((t + 1) * group, job->rows); row++)
+        NAME(apply_columns)(job, (const REAL *)job->x + row * columns,
+                            job->residual ? (const REAL *)job->residual + row * columns : 0, (REAL *)job->y + row * columns,
+                            job->signs ? job->signs + row * words : 0);
 }
 
-/* dx and dresidual of the t-th GROUPS groups of rows. */
+/* dx and dresidual of the t-th group of rows. */
 static void NAME(gradient_group)(const Job *job, long t) {
-    line_aligned REAL stage[STAGED], stage2[STAGED];
     const long columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
-    const long pieces = max(1, columns / STAGE), end = min((t + 1) * GROUPS * group, job->rows);
-    for (long first = t * GROUPS * group; first < end; first += group) {
-        const long count = min(group, job->rows - first);
-        for (long p = 0; p < pieces; p++) {
-            const long j0 = p * STAGE, width = p < pieces - 1 ? STAGE : columns - j0, begin = first * columns + j0;
-            REAL *dx = (REAL *)job->dx + begin, *dresidual = job->dresidual ? (REAL *)job->dresidual + begin : 0;
-            REAL *to = dx, *to2 = dresidual;
-            if (job->streaming) {
-                to = stage + misaligned(dx, sizeof(REAL));
-                to2 = dresidual ? stage2 + misaligned(dresidual, sizeof(REAL)) : 0;
-            }
-            for (long r = 0; r < count; r++)
-                NAME(gradient_columns)(job, (const REAL *)job->dy + begin + r * columns,
-                                       (const REAL *)job->x + begin + r * columns, j0, width, to + r * columns,
-                                       to2 ? to2 + r * columns : 0,
-                                       job->signs ? job->signs + (first + r) * words + j0 / LANES : 0);
-            if (job->streaming) NAME(flush)(stage, dx, (count - 1) * columns + width);
-            if (job->streaming && dresidual) NAME(flush)(stage2, dresidual, (count - 1) * columns + width);
-        }
-    }
+    for (long row = t * group; row < min((t + 1) * group, job->rows); row++)
+        NAME(gradient_columns)(job, (const REAL *)job->dy + row * columns, (const REAL *)job->x + row * columns,
+                               (REAL *)job->dx + row * columns,
+                               job->dresidual ? (REAL *)job->dresidual + row * columns : 0,
+                               job->signs ? job->signs + row * words : 0);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
@@ -465,19 +420,19 @@ static uint16_t *NAME(last_sign)(const Job *job) {
 
 /* Output of the values that fill no row. */
 static void NAME(apply_last_row)(const Job *job) {
-    line_aligned REAL x[STAGED], residual[STAGED], y[STAGED];
+    REAL x[LONGEST_FOLD], residual[LONGEST_FOLD], y[LONGEST_FOLD];
     NAME(pad)(job, job->x, x);
     NAME(pad)(job, job->residual, residual);
-    NAME(apply_columns)(job, x, residual, 0, job->columns, y, NAME(last_sign)(job));
+    NAME(apply_columns)(job, x, residual, y, NAME(last_sign)(job));
     NAME(unpad)(job, y, job->y);
 }
 
 /* dx and dresidual of the values that fill no row. */
 static void NAME(gradient_last_row)(const Job *job) {
-    line_aligned REAL x[STAGED], dy[STAGED], dx[STAGED], dresidual[STAGED];
+    REAL x[LONGEST_FOLD], dy[LONGEST_FOLD], dx[LONGEST_FOLD], dresidual[LONGEST_FOLD];
     NAME(pad)(job, job->x, x);
     NAME(pad)(job, job->dy, dy);
-    NAME(gradient_columns)(job, dy, x, 0, job->columns, dx, dresidual, NAME(last_sign)(job));
+    NAME(gradient_columns)(job, dy, x, dx, dresidual, NAME(last_sign)(job));
     NAME(unpad)(job, dx, job->dx);
     NAME(unpad)(job, dresidual, job->dresidual);
 }
@@ -487,7 +442,7 @@ static void NAME(merge_gradients)(const Job *job) {
     const long columns = job->columns, pixel = job->channels * job->s;
     const long rest = columns ? job->n * pixel - job->rows * columns : 0;
     if (rest) {
-        line_aligned REAL x[STAGED], dy[STAGED];
+        REAL x[LONGEST_FOLD], dy[LONGEST_FOLD];
         NAME(pad)(job, job->x, x);
         NAME(pad)(job, job->dy, dy);
         Job row = *job;

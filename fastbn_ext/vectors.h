@@ -37,6 +37,11 @@ point void NAME(stream)(REAL *x, V value) {
 #endif
 }
 
+point void NAME(put)(REAL *x, V value, int streaming) {
+    if (streaming) NAME(stream)(x, value);
+    else NAME(store)(x, value);
+}
+
 /* True in every lane that is not zero or below: NaN counts as positive. */
 point M NAME(positive)(V value) { return ~(M)(value <= 0); }
 point V NAME(where)(M mask, V a, V b) { return (V)(((M)a & mask) | ((M)b & ~mask)); }

@@ -64,7 +64,7 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
     busy = tasks / (-(-tasks // threads) * threads)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
     task = n * run * s * itemsize * reads
-    ahead = run * s if task <= cache_bytes(2) else 0
+    ahead = run * s if task <= cache_bytes(2) // 4 else 0
     return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks, ahead)
 
 

@@ -107,17 +107,6 @@ def scratch(typing, x):
 
 
 @intrinsic
-def itemsize(typing, x):
-    """Bytes of a value."""
-    size = x.dtype.bitwidth // 8
-
-    def build(context, builder, signature, args):
-        return _I64(size)
-
-    return types.intp(x), build
-
-
-@intrinsic
 def team(typing, threads):
     """Let the calling thread's parallel loops use so many threads; returns how many they used before.
 
@@ -173,9 +162,33 @@ def store(typing, x, i, value):
 
 
 @intrinsic
-def stream(typing, x, i, value):
-    """As `store`, past the cache; ``x[i]`` must lie on a 64-byte boundary. Needs a `fence` at the end."""
-    return _storing(x, value, 64, "nontemporal")
+def put(typing, x, i, value, streaming):
+    """As `store`; if `streaming`, past the cache: ``x[i]`` lies on a 64-byte boundary then, and a `fence` must follow."""
+    plain, past = _storing(x, value, value.dtype.bitwidth // 8, None), _storing(x, value, 64, "nontemporal")
+
+    def build(context, builder, signature, args):
+        with builder.if_else(args[3]) as (then, otherwise):
+            with then:
+                past[1](context, builder, signature, args[:3])
+            with otherwise:
+                plain[1](context, builder, signature, args[:3])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, value, types.boolean), build
+
+
+@intrinsic
+def prefetch(typing, x, i):
+    """Ask for the line of ``x[i]``, which need not exist, in the second-level cache."""
+
+    def build(context, builder, signature, args):
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        llvm = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        builder.call(llvm, [address, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), build
 
 
 @intrinsic
@@ -190,13 +203,13 @@ def fence(typing):
 
 
 @intrinsic
-def misaligned(typing, x, i):
-    """Number of values by which ``x[i]`` lies beyond a 64-byte boundary."""
+def to_line(typing, x, i):
+    """Number of values from ``x[i]`` to the next 64-byte boundary."""
     size = x.dtype.bitwidth // 8
 
     def build(context, builder, signature, args):
         address = builder.ptrtoint(builder.gep(args[0], [args[1]]), _I64)
-        return builder.udiv(builder.and_(address, _I64(63)), _I64(size))
+        return builder.udiv(builder.and_(builder.neg(address), _I64(63)), _I64(size))
 
     return types.intp(x, types.intp), build
 

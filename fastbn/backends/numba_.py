@@ -12,8 +12,12 @@ C. Statistics of a block are sums of deviations from `shift`, one of the block's
 D. ``y = (x - high) * scale + low``: `high` is the mean rounded to x's dtype, so that the difference is exact where x is
    near the mean; `low` carries the bias and the mean's rounding error.
 E. A row's last, partial vector overlaps the one before it, and is loaded before anything is stored, so that y may be x.
-F. Streamed output goes through a stage in L1: rows are written there as they come, then copied on in whole lines.
-G. A kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
+F. Streamed output begins with a plain vector up to the first line of the cache, and goes on in whole lines. A stage in
+   L1, which would let short rows be streamed too, was tried: 1.25 copies for inference where this costs 1.0, because
+   reads and writes no longer overlap.
+G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies). While the rows of
+   a task are written, those of the next are prefetched if they are short (32x1024x14x14: training 2.7 to 1.7 copies).
+H. A kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all forward operations, and everything inside works on pointers.
 """
 
@@ -30,30 +34,31 @@ from numba import config, njit, prange, types
 from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
-from fastbn._arrays import EMPTY, NO_SIGNS
-from fastbn.backends._plan import BLOCK, LANES, STAGE, Plan, plan, sign_words, workspace
+from fastbn._arrays import EMPTY, NO_SIGNS, Array
+from fastbn.backends import _plan
+from fastbn.backends._plan import BLOCK, LANES, Plan, plan, workspace
 from fastbn.backends._vectors import (
     ahead_of,
     bits,
     fence,
     finite,
     fma,
-    itemsize,
     last,
     like,
     load,
     mask_of,
-    misaligned,
     noinline,
     pointer,
     positive,
+    prefetch,
     present,
+    put,
     rounded,
     scratch,
     splat,
     store,
-    stream,
     team,
+    to_line,
     total,
     where,
     widen,
@@ -68,9 +73,9 @@ HIGH, SCALE, LOW, MEAN, A, B = range(6)
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
-LINE = 64  # bytes of a cache line
 CHUNK = 512  # columns whose sums stay in L1
-GROUPS = 16  # groups of rows of a task in the column nest
+GROUP = 1 << 14  # values of a task of the column nest
+AHEAD = 2048  # values by which statistics prefetch; 1024 gains less, and none is needed within the cache
 
 loop = njit(nogil=True, error_model="numpy")
 point = njit(nogil=True, error_model="numpy", forceinline=True)
@@ -166,29 +171,6 @@ def gradient(dy, x, training, scale, mean, a, b):
     return fma(scale, dy, fma(a, x - mean, b)) if training else scale * dy
 
 
-# --- streaming ----------------------------------------------------------------------------------------------------
-
-
-@loop
-def flush(stage, y, begin, length):
-    """Copy a stage to y[begin : begin + length], whole lines past the cache; it is misaligned like y[begin]."""
-    noinline()
-    line = LINE // itemsize(y)
-    skew = misaligned(y, begin)
-    to = begin - skew
-    end = skew + length
-    i = skew
-    if skew:
-        i = min(line, end)
-        for j in range(skew, i):
-            y[to + j] = stage[j]
-    while i + LANES <= end:
-        stream(y, to + i, load(stage, i))
-        i += LANES
-    for j in range(i, end):
-        y[to + j] = stage[j]
-
-
 # --- row nest -----------------------------------------------------------------------------------------------------
 # A block is `rows` rows of `length` values of a channel, the first one at sample `first`, from `column` on.
 
@@ -204,12 +186,21 @@ def block_of(b, n, s):
     return b * rows, min(rows, n - b * rows), 0, s
 
 
+@point
+def far_ahead(x, at, i, length, stride):
+    """Prefetch what lies AHEAD values behind x[at + i] in its channel, whose rows of `length` lie `stride` apart."""
+    skip = AHEAD // length
+    i += AHEAD - skip * length
+    prefetch(x, at + skip * stride + (i if i < length else i + stride - length))
+
+
 @loop
 def block_moments(x, c, b, n, channels, s):
     """Count, mean and m2 of block b of channel c (design, C)."""
     noinline()
     first, rows, column, length = block_of(b, n, s)
-    start = (first * channels + c) * s + column
+    stride = channels * s
+    start = first * stride + c * s + column
     shift = np.float64(x[start])
     if not math.isfinite(shift):
         shift = 0.0
@@ -218,14 +209,14 @@ def block_moments(x, c, b, n, channels, s):
     rest = length % LANES
     tail = last(rest)
     for r in range(rows):
-        begin = start + r * channels * s
-        end = begin + length - LANES
-        for i in range(begin, end + 1, LANES):
-            d = widen(load(x, i)) - around
+        at = start + r * stride
+        for i in range(0, length - LANES + 1, LANES):
+            far_ahead(x, at, i, length, stride)
+            d = widen(load(x, at + i)) - around
             s1 = s1 + d
             s2 = fma(d, d, s2)
         if rest:
-            d = where(tail, widen(load(x, end)) - around, zero)
+            d = where(tail, widen(load(x, at + length - LANES)) - around, zero)
             s1 = s1 + d
             s2 = fma(d, d, s2)
     count = rows * length
@@ -240,6 +231,7 @@ def block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
     noinline()
     first, rows, column, length = block_of(b, n, s)
+    stride = channels * s
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
     sum_dy, dot = splat(0.0), splat(0.0)
@@ -248,121 +240,143 @@ def block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs):
     tail = last(rest)
     for row in range(first, first + rows):
         word = (row * channels + c) * words + column // LANES
-        begin = (row * channels + c) * s + column
-        end = begin + length - LANES
-        for i in range(begin, end + 1, LANES):
-            value = load(x, i)
-            g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, word + (i - begin) // LANES))
+        at = row * stride + c * s + column
+        for i in range(0, length - LANES + 1, LANES):
+            far_ahead(x, at, i, length, stride)
+            far_ahead(dy, at, i, length, stride)
+            value = load(x, at + i)
+            g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
             sum_dy = sum_dy + g
             dot = fma(g, widen(value - mean), dot)
         if rest:
-            value = load(x, end)
-            g = gated(load(dy, end), value, high, scale, low, slope, signs, word + length // LANES)
+            value = load(x, at + length - LANES)
+            g = gated(load(dy, at + length - LANES), value, high, scale, low, slope, signs, word + length // LANES)
             g = widen(where(tail, g, like(g, 0.0)))
             sum_dy = sum_dy + g
             dot = fma(g, widen(value - mean), dot)
     return total(sum_dy), total(dot)
 
 
-@loop
-def apply_row(x, residual, at, length, c, channels, coef, slope, y, to, signs, word):
-    """Output of `length` values of channel c, read at `at`, written at `to` (design, E)."""
-    noinline()
+@point
+def apply_row(x, residual, at, length, c, channels, coef, slope, y, signs, word, streaming, ahead):
+    """Output of the `length` values of channel c from `at` on (design, E and F)."""
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low = splat(coef[LOW * channels + c])
     zero = like(high, 0.0)
     end = length - LANES
-    ahead = load(x, at + end)
-    ahead_added = load(residual, at + end) if present(residual) else zero
+    i = to_line(y, at) if streaming else 0
+    streaming = streaming and not (present(signs) and i > 0)
+    i = i if streaming else 0
+    last_x = load(x, at + end)
+    last_added = load(residual, at + end) if present(residual) else zero
+    if i:
+        added = load(residual, at) if present(residual) else zero
+        store(y, at, output(load(x, at), added, high, scale, low, slope, signs, word))
     if slope == 1.0 and not present(residual):
-        for i in range(0, end + 1, LANES):
-            store(y, to + i, fma(load(x, at + i) - high, scale, low))
+        while i <= end:
+            if ahead:
+                prefetch(x, at + i + ahead)
+            put(y, at + i, fma(load(x, at + i) - high, scale, low), streaming)
+            i += LANES
     else:
-        for i in range(0, end + 1, LANES):
+        while i <= end:
             added = load(residual, at + i) if present(residual) else zero
-            store(y, to + i, output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES))
-    if length % LANES:
-        z = output(ahead, ahead_added, high, scale, low, slope, signs, word + length // LANES)
-        store(y, to + end, z)
+            if ahead:
+                prefetch(x, at + i + ahead)
+            z = output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES)
+            put(y, at + i, z, streaming)
+            i += LANES
+    if i < length:
+        store(y, at + end, output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES))
 
 
-@loop
-def gradient_row(dy, x, at, length, c, channels, coef, training, slope, dx, to, dresidual, to_residual, signs, word):
-    """dx, and dresidual if wanted, of `length` values of channel c, read at `at`."""
-    noinline()
+@point
+def gradient_row(
+    dy, x, at, length, c, channels, coef, training, slope, dx, dresidual, signs, word, streaming, ahead
+):  # fmt: skip
+    """dx, and dresidual if wanted, of the `length` values of channel c from `at` on."""
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
     a, b = splat(coef[A * channels + c]), splat(coef[B * channels + c])
     end = length - LANES
-    ahead, ahead_dy = load(x, at + end), load(dy, at + end)
-    for i in range(0, end + 1, LANES):
+    i = to_line(dx, at) if streaming else 0
+    streaming = streaming and not (present(signs) and i > 0)
+    if present(dresidual):
+        streaming = streaming and to_line(dresidual, at) == i
+    i = i if streaming else 0
+    last_x, last_dy = load(x, at + end), load(dy, at + end)
+    if i:
+        value = load(x, at)
+        g = gated(load(dy, at), value, high, scale, low, slope, signs, word)
+        store(dx, at, gradient(g, value, training, scale, mean, a, b))
+        if present(dresidual):
+            store(dresidual, at, g)
+    while i <= end:
         value = load(x, at + i)
         g = gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES)
-        store(dx, to + i, gradient(g, value, training, scale, mean, a, b))
+        if ahead:
+            prefetch(x, at + i + ahead)
+            prefetch(dy, at + i + ahead)
+        put(dx, at + i, gradient(g, value, training, scale, mean, a, b), streaming)
         if present(dresidual):
-            store(dresidual, to_residual + i, g)
-    if length % LANES:
-        g = gated(ahead_dy, ahead, high, scale, low, slope, signs, word + length // LANES)
-        store(dx, to + end, gradient(g, ahead, training, scale, mean, a, b))
+            put(dresidual, at + i, g, streaming)
+        i += LANES
+    if i < length:
+        g = gated(last_dy, last_x, high, scale, low, slope, signs, word + i // LANES)
+        store(dx, at + end, gradient(g, last_x, training, scale, mean, a, b))
         if present(dresidual):
-            store(dresidual, to_residual + end, g)
+            store(dresidual, at + end, g)
+
+
+@loop
+def apply_block(
+    x, residual, c0, c1, first, rows, column, length, channels, s, coef, slope, y, signs, streaming, ahead
+):  # fmt: skip
+    """Output of a block of channels c0 to c1."""
+    noinline()
+    words = (s + LANES - 1) // LANES
+    for row in range(first, first + rows):
+        for c in range(c0, c1):
+            at = (row * channels + c) * s + column
+            word = (row * channels + c) * words + column // LANES
+            apply_row(x, residual, at, length, c, channels, coef, slope, y, signs, word, streaming, ahead)
+
+
+@loop
+def gradient_block(
+    dy, x, c0, c1, first, rows, column, length, channels, s, coef, training, slope, dx, dresidual, signs, streaming, ahead
+):  # fmt: skip
+    """dx and dresidual of a block of channels c0 to c1."""
+    noinline()
+    words = (s + LANES - 1) // LANES
+    for row in range(first, first + rows):
+        for c in range(c0, c1):
+            at = (row * channels + c) * s + column
+            word = (row * channels + c) * words + column // LANES
+            gradient_row(
+                dy, x, at, length, c, channels, coef, training, slope, dx, dresidual, signs, word, streaming, ahead
+            )  # fmt: skip
 
 
 @point
-def pieces_of(length, run):
-    """Number of pieces of a row that are staged one by one."""
-    return max(1, length // STAGE) if run == 1 else 1
+def spread_of(run, s):
+    """Channels of a span: as many as lie in a block's length."""
+    return 1 if s > BLOCK else max(run, BLOCK // s)
 
 
-@loop
-def apply_block(x, residual, c0, run, b, n, channels, s, coef, slope, y, signs, streaming):
-    """Output of block b of `run` channels from c0 on, whose rows lie side by side in memory."""
-    noinline()
-    stage = scratch(coef)
-    words = (s + LANES - 1) // LANES
-    first, rows, column, length = block_of(b, n, s)
-    pieces = pieces_of(length, run)
-    for row in range(first, first + rows):
-        for p in range(pieces):
-            size = STAGE if p < pieces - 1 else length - p * STAGE
-            begin = (row * channels + c0) * s + column + p * STAGE
-            word = (row * channels + c0) * words + column // LANES + p * (STAGE // LANES)
-            target, shift = (stage, misaligned(y, begin) - begin) if streaming else (y, 0)
-            for k in range(run):
-                at = begin + k * s
-                apply_row(
-                    x, residual, at, size, c0 + k, channels, coef, slope, target, at + shift, signs, word + k * words
-                )
-            if streaming:
-                flush(stage, y, begin, (run - 1) * s + size)
+@point
+def spans_of(run, channels, s):
+    """Number of spans of a row of memory."""
+    return (channels + spread_of(run, s) - 1) // spread_of(run, s)
 
 
-@loop
-def gradient_block(dy, x, c0, run, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming):
-    """dx and dresidual of block b of `run` channels from c0 on."""
-    noinline()
-    stage, stage2 = scratch(coef), scratch(coef)
-    words = (s + LANES - 1) // LANES
-    first, rows, column, length = block_of(b, n, s)
-    pieces = pieces_of(length, run)
-    for row in range(first, first + rows):
-        for p in range(pieces):
-            size = STAGE if p < pieces - 1 else length - p * STAGE
-            begin = (row * channels + c0) * s + column + p * STAGE
-            word = (row * channels + c0) * words + column // LANES + p * (STAGE // LANES)
-            staged = streaming and present(dresidual)
-            target, shift = (stage, misaligned(dx, begin) - begin) if streaming else (dx, 0)
-            target2, shift2 = (stage2, misaligned(dresidual, begin) - begin) if staged else (dresidual, 0)
-            for k in range(run):
-                at = begin + k * s
-                gradient_row(
-                    dy, x, at, size, c0 + k, channels, coef, training, slope,
-                    target, at + shift, target2, at + shift2, signs, word + k * words,
-                )  # fmt: skip
-            if streaming:
-                flush(stage, dx, begin, (run - 1) * s + size)
-            if staged:
-                flush(stage2, dresidual, begin, (run - 1) * s + size)
+@point
+def span_of(t, run, n, channels, s):
+    """(c0, c1, first, rows, column, length) of span t of the whole tensor, in the order of memory."""
+    spans = spans_of(run, channels, s)
+    c0 = t % spans * spread_of(run, s)
+    first, rows, column, length = block_of(t // spans, n, s) if s > BLOCK else (t // spans, 1, 0, s)
+    return c0, min(c0 + spread_of(run, s), channels), first, rows, column, length
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
@@ -437,103 +451,49 @@ def column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part):
 
 
 @loop
-def apply_columns(x, residual, at, j0, width, columns, coef, slope, y, to, signs, word):
-    """Output of columns j0 to j0 + width of a row, read at `at`, written at `to` (design, E)."""
+def apply_columns(x, residual, at, columns, coef, slope, y, signs, word):
+    """Output of the row that begins at `at` (design, E)."""
     noinline()
-    end = width - LANES
+    end = columns - LANES
     zero = like(load(coef, 0), 0.0)
-    ahead = load(x, at + end)
-    ahead_added = load(residual, at + end) if present(residual) else zero
-    for j in range(0, width, LANES):
+    last_x = load(x, at + end)
+    last_added = load(residual, at + end) if present(residual) else zero
+    for j in range(0, columns, LANES):
         k = min(j, end)
-        value, added = ahead, ahead_added
+        value, added = last_x, last_added
         if k == j:
             value = load(x, at + j)
             if present(residual):
                 added = load(residual, at + j)
-        high, scale = load(coef, HIGH * columns + j0 + k), load(coef, SCALE * columns + j0 + k)
-        low = load(coef, LOW * columns + j0 + k)
-        store(y, to + k, output(value, added, high, scale, low, slope, signs, word + j // LANES))
+        high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
+        z = output(value, added, high, scale, load(coef, LOW * columns + k), slope, signs, word + j // LANES)
+        store(y, at + k, z)
 
 
 @loop
-def gradient_columns(
-    dy, x, at, j0, width, columns, coef, training, slope, dx, to, dresidual, to_residual, signs, word
-):  # fmt: skip
-    """dx, and dresidual if wanted, of columns j0 to j0 + width of a row, read at `at`."""
+def gradient_columns(dy, x, at, columns, coef, training, slope, dx, dresidual, signs, word):
+    """dx, and dresidual if wanted, of the row that begins at `at`."""
     noinline()
-    end = width - LANES
-    ahead, ahead_dy = load(x, at + end), load(dy, at + end)
-    for j in range(0, width, LANES):
+    end = columns - LANES
+    last_x, last_dy = load(x, at + end), load(dy, at + end)
+    for j in range(0, columns, LANES):
         k = min(j, end)
-        value, g = ahead, ahead_dy
+        value, g = last_x, last_dy
         if k == j:
             value, g = load(x, at + j), load(dy, at + j)
-        high, scale = load(coef, HIGH * columns + j0 + k), load(coef, SCALE * columns + j0 + k)
-        low, mean = load(coef, LOW * columns + j0 + k), load(coef, MEAN * columns + j0 + k)
-        a, b = load(coef, A * columns + j0 + k), load(coef, B * columns + j0 + k)
+        high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
+        low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
+        a, b = load(coef, A * columns + k), load(coef, B * columns + k)
         g = gated(g, value, high, scale, low, slope, signs, word + j // LANES)
-        store(dx, to + k, gradient(g, value, training, scale, mean, a, b))
+        store(dx, at + k, gradient(g, value, training, scale, mean, a, b))
         if present(dresidual):
-            store(dresidual, to_residual + k, g)
+            store(dresidual, at + k, g)
 
 
 @point
 def group_of(columns):
-    """Rows that are staged together."""
-    return max(1, STAGE // columns)
-
-
-@loop
-def apply_group(x, residual, t, rows, columns, coef, slope, y, signs, streaming):
-    """Output of the t-th `GROUPS` groups of rows."""
-    noinline()
-    stage = scratch(coef)
-    words = (columns + LANES - 1) // LANES
-    group = group_of(columns)
-    pieces = max(1, columns // STAGE)
-    for first in range(t * GROUPS * group, min((t + 1) * GROUPS * group, rows), group):
-        count = min(group, rows - first)
-        for p in range(pieces):
-            width = STAGE if p < pieces - 1 else columns - p * STAGE
-            begin = first * columns + p * STAGE
-            target, shift = (stage, misaligned(y, begin) - begin) if streaming else (y, 0)
-            for row in range(first, first + count):
-                at = row * columns + p * STAGE
-                word = row * words + p * (STAGE // LANES)
-                apply_columns(
-                    x, residual, at, p * STAGE, width, columns, coef, slope, target, at + shift, signs, word
-                )
-            if streaming:
-                flush(stage, y, begin, (count - 1) * columns + width)
-
-
-@loop
-def gradient_group(dy, x, t, rows, columns, coef, training, slope, dx, dresidual, signs, streaming):
-    """dx and dresidual of the t-th `GROUPS` groups of rows."""
-    noinline()
-    stage, stage2 = scratch(coef), scratch(coef)
-    words = (columns + LANES - 1) // LANES
-    group = group_of(columns)
-    pieces = max(1, columns // STAGE)
-    staged = streaming and present(dresidual)
-    for first in range(t * GROUPS * group, min((t + 1) * GROUPS * group, rows), group):
-        count = min(group, rows - first)
-        for p in range(pieces):
-            width = STAGE if p < pieces - 1 else columns - p * STAGE
-            begin = first * columns + p * STAGE
-            target, shift = (stage, misaligned(dx, begin) - begin) if streaming else (dx, 0)
-            target2, shift2 = (stage2, misaligned(dresidual, begin) - begin) if staged else (dresidual, 0)
-            for row in range(first, first + count):
-                at = row * columns + p * STAGE
-                gradient_columns(
-                    dy, x, at, p * STAGE, width, columns, coef, training, slope,
-                    target, at + shift, target2, at + shift2, signs, row * words + p * (STAGE // LANES),
-                )  # fmt: skip
-            if streaming:
-                flush(stage, dx, begin, (count - 1) * columns + width)
-            if staged:
-                flush(stage2, dresidual, begin, (count - 1) * columns + width)
+    """Rows of a task."""
+    return max(1, GROUP // columns)
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -541,15 +501,15 @@ def gradient_group(dy, x, t, rows, columns, coef, training, slope, dx, dresidual
 
 @loop
 def forward_task(
-    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
+    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps, slope,
     y, signs, stats, affine, coef, part,
 ):  # fmt: skip
     """Task t of a phase of the forward kernel."""
     noinline()
     if phase == FUSED:
         c0 = t * run
-        width = min(run, channels - c0)
-        for c in range(c0, c0 + width):
+        c1 = min(c0 + run, channels)
+        for c in range(c0, c1):
             count, mean, m2 = 0, 0.0, 0.0
             for b in range(blocks):
                 size, block_mean, block_m2 = block_moments(x, c, b, n, channels, s)
@@ -558,20 +518,91 @@ def forward_task(
             finish_statistics(c, channels, mean, m2, count, eps, stats, affine)
             round_affine(coef, c, channels, c, channels, affine)
         for b in range(blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
-            apply_block(x, residual, c0, width, b, n, channels, s, coef, slope, y, signs, streaming)
+            first, height, column, length = block_of(b, n, s)
+            apply_block(
+                x, residual, c0, c1, first, height, column, length, channels, s, coef, slope, y, signs, streaming, ahead
+            )  # fmt: skip
     elif phase == REDUCE:
         c, b = t // blocks, t % blocks
         _, mean, m2 = block_moments(x, c, b, n, channels, s)
         part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = mean, m2
     elif phase == APPLY:
-        c0, b = t // blocks * run, t % blocks
-        apply_block(x, residual, c0, min(run, channels - c0), b, n, channels, s, coef, slope, y, signs, streaming)
+        c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
+        apply_block(
+            x, residual, c0, c1, first, height, column, length, channels, s, coef, slope, y, signs, streaming, ahead
+        )  # fmt: skip
     elif phase == REDUCE_COLUMNS:
         column_moments(x, t, rows, block, columns, part)
     else:
-        apply_group(x, residual, t, rows, columns, coef, slope, y, signs, streaming)
+        words = (columns + LANES - 1) // LANES
+        for row in range(t * group_of(columns), min((t + 1) * group_of(columns), rows)):
+            apply_columns(x, residual, row * columns, columns, coef, slope, y, signs, row * words)
     if streaming:
         fence()
+
+
+@loop
+def backward_task(
+    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training, slope,
+    stats, affine, signs, dx, dresidual, grads, coef, part,
+):  # fmt: skip
+    """Task t of a phase of the backward kernel."""
+    noinline()
+    if phase == FUSED:
+        c0 = t * run
+        c1 = min(c0 + run, channels)
+        for c in range(c0, c1):
+            sum_dy, dot = 0.0, 0.0
+            for b in range(blocks):
+                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+                sum_dy += block_dy
+                dot += block_dot
+            finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
+            round_gradient(coef, c, channels, c, channels, grads)
+        for b in range(blocks - 1, -1, -1):
+            first, height, column, length = block_of(b, n, s)
+            gradient_block(
+                dy, x, c0, c1, first, height, column, length, channels, s, coef, training, slope,
+                dx, dresidual, signs, streaming, ahead,
+            )  # fmt: skip
+    elif phase == REDUCE:
+        c, b = t // blocks, t % blocks
+        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = sum_dy, dot
+    elif phase == APPLY:
+        c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
+        gradient_block(
+            dy, x, c0, c1, first, height, column, length, channels, s, coef, training, slope,
+            dx, dresidual, signs, streaming, ahead,
+        )  # fmt: skip
+    elif phase == REDUCE_COLUMNS:
+        column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part)
+    else:
+        words = (columns + LANES - 1) // LANES
+        for row in range(t * group_of(columns), min((t + 1) * group_of(columns), rows)):
+            gradient_columns(
+                dy, x, row * columns, columns, coef, training, slope, dx, dresidual, signs, row * words
+            )  # fmt: skip
+    if streaming:
+        fence()
+
+
+@point
+def tasks_of(phase, run, columns, rows, blocks, n, channels, s):
+    """Number of independent tasks of a phase."""
+    tasks = (channels + run - 1) // run
+    if phase == REDUCE:
+        tasks = blocks * channels
+    elif phase == APPLY:
+        tasks = (blocks if s > BLOCK else n) * spans_of(run, channels, s)
+    elif phase == REDUCE_COLUMNS:
+        tasks = blocks * chunks_of(columns)
+    elif phase == APPLY_COLUMNS:
+        tasks = (rows + group_of(columns) - 1) // group_of(columns)
+    return tasks
+
+
+# --- between phases -------------------------------------------------------------------------------------------------
 
 
 @loop
@@ -611,47 +642,9 @@ def apply_last_row(x, residual, size, rows, columns, coef, slope, y, signs):
         last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
         last_residual[j] = residual[begin + j] if inside and present(residual) else rounded(coef, 0.0)
     word = rows * ((columns + LANES - 1) // LANES)
-    apply_columns(last_x, last_residual, 0, 0, columns, columns, coef, slope, last_y, 0, signs, word)
+    apply_columns(last_x, last_residual, 0, columns, coef, slope, last_y, signs, word)
     for j in range(size - begin):
         y[begin + j] = last_y[j]
-
-
-@loop
-def backward_task(
-    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
-    stats, affine, signs, dx, dresidual, grads, coef, part,
-):  # fmt: skip
-    """Task t of a phase of the backward kernel."""
-    noinline()
-    if phase == FUSED:
-        c0 = t * run
-        width = min(run, channels - c0)
-        for c in range(c0, c0 + width):
-            sum_dy, dot = 0.0, 0.0
-            for b in range(blocks):
-                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
-                sum_dy += block_dy
-                dot += block_dot
-            finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
-            round_gradient(coef, c, channels, c, channels, grads)
-        for b in range(blocks - 1, -1, -1):
-            gradient_block(
-                dy, x, c0, width, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming
-            )  # fmt: skip
-    elif phase == REDUCE:
-        c, b = t // blocks, t % blocks
-        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
-        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = sum_dy, dot
-    elif phase == APPLY:
-        c0, b = t // blocks * run, t % blocks
-        width = min(run, channels - c0)
-        gradient_block(dy, x, c0, width, b, n, channels, s, coef, training, slope, dx, dresidual, signs, streaming)
-    elif phase == REDUCE_COLUMNS:
-        column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part)
-    else:
-        gradient_group(dy, x, t, rows, columns, coef, training, slope, dx, dresidual, signs, streaming)
-    if streaming:
-        fence()
 
 
 @loop
@@ -696,9 +689,7 @@ def gradient_last_row(dy, x, size, rows, columns, coef, training, slope, dx, dre
         last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
         last_dy[j] = dy[begin + j] if inside else rounded(coef, 0.0)
     word = rows * ((columns + LANES - 1) // LANES)
-    gradient_columns(
-        last_dy, last_x, 0, 0, columns, columns, coef, training, slope, last_dx, 0, last_dresidual, 0, signs, word
-    )  # fmt: skip
+    gradient_columns(last_dy, last_x, 0, columns, coef, training, slope, last_dx, last_dresidual, signs, word)
     for j in range(size - begin):
         dx[begin + j] = last_dx[j]
         if present(dresidual):
@@ -709,41 +700,34 @@ def gradient_last_row(dy, x, size, rows, columns, coef, training, slope, dx, dre
 
 
 def _forward(
-    reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, n, channels, s, eps, slope,
-    x_, residual_, weight, bias, y_, signs_, stats_, affine_, coef_, part_,
+    reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s, eps, slope,
+    x_, residual_, y_, signs_, stats_, affine_, coef_, part_,
 ):  # fmt: skip
-    """Statistics (reduce) and output (apply), or both at once."""
+    """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
     x, residual, y, signs = pointer(x_), pointer(residual_), pointer(y_), pointer(signs_)
     stats, affine, coef, part = pointer(stats_), pointer(affine_), pointer(coef_), pointer(part_)
+    width = columns if columns else channels
     fused = reduce and apply and not split
-    if reduce and apply:
-        for c in range(channels):
-            affine[channels + c] = weight[c] if weight.size else 1.0
-            affine[2 * channels + c] = bias[c] if bias.size else 0.0
     for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
-        phase, tasks = FUSED, (channels + run - 1) // run
-        if step == 1:
-            for j in range(columns if columns else channels):
-                round_affine(coef, j, columns if columns else channels, j // s % channels if columns else j, channels, affine)
-            phase, tasks = APPLY, blocks * tasks
-            if columns:
-                phase, tasks = APPLY_COLUMNS, (rows + GROUPS * group_of(columns) - 1) // (GROUPS * group_of(columns))
-        elif not fused:
-            phase, tasks = REDUCE, blocks * channels
-            if columns:
-                phase, tasks = REDUCE_COLUMNS, blocks * chunks_of(columns)
+        if step == 0:
+            phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
+        else:
+            phase = APPLY_COLUMNS if columns else APPLY
+            for j in range(width):
+                round_affine(coef, j, width, j // s % channels if columns else j, channels, affine)
+        tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
         if threads == 1:
             for t in range(tasks):
                 forward_task(
-                    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
-                    y, signs, stats, affine, coef, part,
+                    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps,
+                    slope, y, signs, stats, affine, coef, part,
                 )  # fmt: skip
         else:
             before = team(threads)
             for t in prange(tasks):
                 forward_task(
-                    phase, t, run, rows, block, columns, blocks, streaming, x, residual, n, channels, s, eps, slope,
-                    y, signs, stats, affine, coef, part,
+                    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps,
+                    slope, y, signs, stats, affine, coef, part,
                 )  # fmt: skip
             team(before)
         if step == 0 and not fused:
@@ -756,8 +740,8 @@ def _forward(
 
 
 def _backward(
-    threads, split, streaming, run, columns, rows, block, blocks, n, channels, s, training, slope,
-    dy_, x_, stats_, affine_, signs_, dx_, dresidual_, dweight, dbias, grads_, coef_, part_,
+    threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s, training, slope,
+    dy_, x_, stats_, affine_, signs_, dx_, dresidual_, grads_, coef_, part_,
 ):  # fmt: skip
     """Sums of the gradients, then dx and dresidual, or both at once."""
     dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
@@ -768,29 +752,25 @@ def _backward(
         round_affine(coef, j, width, c, channels, affine)
         coef[MEAN * width + j] = rounded(coef, stats[c])
     for step in range(2 if split else 1):
-        phase, tasks = FUSED, (channels + run - 1) // run
-        if step == 1:
+        if step == 0:
+            phase = FUSED if not split else (REDUCE_COLUMNS if columns else REDUCE)
+        else:
+            phase = APPLY_COLUMNS if columns else APPLY
             for j in range(width):
                 round_gradient(coef, j, width, j // s % channels if columns else j, channels, grads)
-            phase, tasks = APPLY, blocks * tasks
-            if columns:
-                phase, tasks = APPLY_COLUMNS, (rows + GROUPS * group_of(columns) - 1) // (GROUPS * group_of(columns))
-        elif split:
-            phase, tasks = REDUCE, blocks * channels
-            if columns:
-                phase, tasks = REDUCE_COLUMNS, blocks * chunks_of(columns)
+        tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
         if threads == 1:
             for t in range(tasks):
                 backward_task(
-                    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
-                    stats, affine, signs, dx, dresidual, grads, coef, part,
+                    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training,
+                    slope, stats, affine, signs, dx, dresidual, grads, coef, part,
                 )  # fmt: skip
         else:
             before = team(threads)
             for t in prange(tasks):
                 backward_task(
-                    phase, t, run, rows, block, columns, blocks, streaming, dy, x, n, channels, s, training, slope,
-                    stats, affine, signs, dx, dresidual, grads, coef, part,
+                    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training,
+                    slope, stats, affine, signs, dx, dresidual, grads, coef, part,
                 )  # fmt: skip
             team(before)
         if step == 0 and split:
@@ -799,12 +779,10 @@ def _backward(
             )  # fmt: skip
     if columns and rows * columns < n * channels * s:
         gradient_last_row(dy, x, n * channels * s, rows, columns, coef, training, slope, dx, dresidual, signs)
-    for c in range(channels):
-        dweight[c] = grads[c]
-        dbias[c] = grads[channels + c]
 
 
 def _fold(running_mean, running_var, weight, bias, eps, stats, affine):
+    """Inference: statistics and one scale and shift a channel from the running ones."""
     for c in range(len(running_mean)):
         mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
         stats[0, c], stats[1, c], stats[2, c] = mean, var, 1.0 / math.sqrt(var + eps)
@@ -814,6 +792,7 @@ def _fold(running_mean, running_var, weight, bias, eps, stats, affine):
 
 
 def _update_running(running_mean, running_var, stats, count, factor):
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
     unbiased = count / (count - 1)
     for c in range(len(running_mean)):
         running_mean[c] = (1 - factor) * running_mean[c] + factor * stats[0, c]
@@ -825,32 +804,35 @@ def _update_running(running_mean, running_var, stats, count, factor):
 _NOTHING = np.empty(0)
 
 
-def _argument_types(kernel: str, real: types.Type, param: types.Type) -> tuple[types.Type, ...]:
+def _argument_types(kernel: str, real: types.Type) -> tuple[types.Type, ...]:
     """Numba types of a kernel's arguments; read-only inputs take writable arrays too, with one compilation."""
 
-    def array(dtype: types.Type, ndim: int = 1, readonly: bool = False) -> types.Array:
+    def array(dtype: types.Type, ndim: int = 1, readonly: bool = True) -> types.Array:
         return types.Array(dtype, ndim, "C", readonly=readonly)
 
     flag, size, wide = types.boolean, types.intp, types.float64
-    given, result, vector = array(real, readonly=True), array(real), array(param)
-    vector_in, rows, rows_in = array(param, readonly=True), array(wide, 2), array(wide, 2, True)
-    words_in, words = array(types.uint16, readonly=True), array(types.uint16)
-    cut = (size, flag, flag, size, size, size, size, size, size, size, size)
-    forward = (flag, flag, *cut, wide, wide, given, given, vector_in, vector_in, result, words, rows, rows)
-    backward = (*cut, flag, wide, given, given, rows_in, rows_in, words_in, result, result, vector, vector, rows)
+    given, result, signs = array(real), array(real, 1, False), types.uint16
+    rows, rows_in, part = array(wide, 2, False), array(wide, 2), array(wide, 1, False)
+    cut = (size, flag, flag, size, size, size, size, size, size, size, size, size)
     return {
-        "forward": (*forward, result, array(wide)),
-        "backward": (*backward, result, array(wide)),
-        "fold": (vector_in, vector_in, vector_in, vector_in, wide, rows, rows),
-        "update_running": (vector, vector, rows_in, size, wide),
+        "forward": (
+            *(flag, flag, *cut, wide, wide, given, given, result),
+            *(array(signs, 1, False), rows, rows, result, part),
+        ),
+        "backward": (
+            *(*cut, flag, wide, given, given, rows_in, rows_in, array(signs), result, result),
+            *(rows, result, part),
+        ),
+        "fold": (given, given, given, given, wide, rows, rows),
+        "update_running": (result, result, rows_in, size, wide),
     }[kernel]
 
 
 @functools.cache
-def _compiled(kernel: str, real: np.dtype[Any], param: np.dtype[Any]) -> Any:
-    """The kernel for these dtypes: from the compile cache, or compiled now and put there if it can be written."""
+def _compiled(kernel: str, real: np.dtype[Any]) -> Any:
+    """The kernel for this dtype: from the compile cache, or compiled now and put there if it can be written."""
     function = globals()[f"_{kernel}"]
-    signature = types.void(*_argument_types(kernel, from_dtype(real), from_dtype(param)))
+    signature = types.void(*_argument_types(kernel, from_dtype(real)))
     options = {"nogil": True, "error_model": "numpy", "parallel": kernel in ("forward", "backward")}
     try:
         return njit(signature, cache=True, **options)(function)
@@ -858,57 +840,102 @@ def _compiled(kernel: str, real: np.dtype[Any], param: np.dtype[Any]) -> Any:
         return njit(signature, **options)(function)
 
 
-def _plan(n: int, c: int, s: int, itemsize: int, arrays: int) -> Plan:
-    return plan(n, c, s, itemsize, arrays, min(_engine.get_num_threads(), config.NUMBA_NUM_THREADS))
+def _cut(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan:
+    return plan(n, c, s, itemsize, reads, arrays, min(_engine.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
-def moments(x, n, c, s, mean, m2):
-    cut = _plan(n, c, s, x.itemsize, 1)._replace(split=True)
+def warmup() -> None:
+    """Compile every kernel, or load it from the compile cache."""
+    for kernel in ("forward", "backward", "fold", "update_running"):
+        for dtype in EMPTY:
+            _compiled(kernel, dtype)
+
+
+def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
+    """Number of uint16 words that `signs` needs."""
+    return _plan.sign_words(n, c, s)
+
+
+def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
+    """Mean and sum of squared deviations of every channel."""
+    cut = _cut(n, c, s, x.itemsize, 1, 1)._replace(split=True)
     coef, part = workspace(cut, c, 0, x.dtype)
-    none = np.empty(0, x.dtype)
-    stats = np.empty((2, c))
-    kernel = _compiled("forward", x.dtype, x.dtype)
-    kernel(
-        True, False, *cut, n, c, s, 0.0, 1.0,
-        x, none, none, none, none, NO_SIGNS, stats, stats, none, part,
-    )  # fmt: skip
+    none, stats = EMPTY[x.dtype], np.empty((2, c))
+    kernel = _compiled("forward", x.dtype)
+    kernel(True, False, *cut, n, c, s, 0.0, 1.0, x, none, none, NO_SIGNS, stats, stats, none, part)
     mean[:], m2[:] = stats
 
 
-def forward(x, residual, weight, bias, eps, slope, n, c, s, y, signs, stats, affine):
-    cut = _plan(n, c, s, x.itemsize, 3 if residual.size else 2)
+def forward(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float,
+    slope: float,
+    n: int,
+    c: int,
+    s: int,
+    y: Array,
+    signs: Array,
+    stats: Array,
+    affine: Array,
+) -> None:
+    """Training: the batch's statistics, then the output."""
+    cut = _cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2)
     coef, part = workspace(cut, c, 3, x.dtype)
-    kernel = _compiled("forward", x.dtype, weight.dtype)
-    kernel(True, True, *cut, n, c, s, eps, slope, x, residual, weight, bias, y, signs, stats, affine, coef, part)
+    affine[1] = weight if weight.size else 1.0
+    affine[2] = bias if bias.size else 0.0
+    kernel = _compiled("forward", x.dtype)
+    kernel(True, True, *cut, n, c, s, eps, slope, x, residual, y, signs, stats, affine, coef, part)
 
 
-def transform(x, residual, affine, slope, n, c, s, y, signs):
-    cut = _plan(n, c, s, x.itemsize, 3 if residual.size else 2)
+def transform(
+    x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
+) -> None:
+    """y = activation((x - center) * scale + shift + residual)."""
+    cut = _cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2)
     coef, _ = workspace(cut, c, 3, x.dtype)
-    none = EMPTY[x.dtype]
-    kernel = _compiled("forward", x.dtype, x.dtype)
-    kernel(
-        False, True, *cut, n, c, s, 0.0, slope, x, residual, none, none, y, signs, affine, affine, coef, _NOTHING
-    )  # fmt: skip
+    kernel = _compiled("forward", x.dtype)
+    kernel(False, True, *cut, n, c, s, 0.0, slope, x, residual, y, signs, affine, affine, coef, _NOTHING)
 
 
-def backward(dy, x, stats, affine, training, slope, signs, n, c, s, dx, dresidual, dweight, dbias):
-    cut = _plan(n, c, s, x.itemsize, 4 if dresidual.size else 3)
+def backward(
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    training: bool,
+    slope: float,
+    signs: Array,
+    n: int,
+    c: int,
+    s: int,
+    dx: Array,
+    dresidual: Array,
+    dweight: Array,
+    dbias: Array,
+) -> None:
+    """Gradients of input, residual, weight and bias."""
+    cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
     coef, part = workspace(cut, c, 6, x.dtype)
-    kernel = _compiled("backward", x.dtype, dweight.dtype)
-    kernel(
-        *cut, n, c, s, training, slope,
-        dy, x, stats, affine, signs, dx, dresidual, dweight, dbias, np.empty((4, c)), coef, part,
-    )  # fmt: skip
+    grads = np.empty((4, c))
+    kernel = _compiled("backward", x.dtype)
+    kernel(*cut, n, c, s, training, slope, dy, x, stats, affine, signs, dx, dresidual, grads, coef, part)
+    dweight[:] = grads[0]
+    dbias[:] = grads[1]
 
 
-def fold(running_mean, running_var, weight, bias, eps, stats, affine):
-    kernel = _compiled("fold", running_mean.dtype, running_mean.dtype)
-    kernel(running_mean, running_var, weight, bias, eps, stats, affine)
+def fold(
+    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float, stats: Array, affine: Array
+) -> None:
+    """Inference: statistics and one scale and shift a channel from the running ones."""
+    _compiled("fold", running_mean.dtype)(running_mean, running_var, weight, bias, eps, stats, affine)
 
 
-def update_running(running_mean, running_var, stats, count, factor):
-    _compiled("update_running", running_mean.dtype, running_mean.dtype)(running_mean, running_var, stats, count, factor)
+def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
+    _compiled("update_running", running_mean.dtype)(running_mean, running_var, stats, count, factor)
 
 
 def describe() -> list[tuple[str, str]]:
