@@ -140,7 +140,7 @@ class _Block:
         return all(layers[layer][0] == norms[norm][0] for layer, norm in self.pairs(0))
 
     def fits_in_front(self, norms: Shapes, layers: Shapes) -> bool:
-        return all(norms[norm][0] % layers[layer][1] == 0 for layer, norm in self.pairs(0))
+        return all(layers[layer][1] == norms[norm][0] for layer, norm in self.pairs(0))
 
 
 def _blocks(norms: Shapes, layers: Shapes) -> dict[str, _Block]:
