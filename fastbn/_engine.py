@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,10 +187,21 @@ if hasattr(os, "register_at_fork"):
 def cache_bytes(level: int) -> int:
     """Size of the level 2 or 3 cache in bytes, or a common one where the system does not say."""
     try:
-        size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size").read_text().strip()
-        return int(size.removesuffix("K")) << 10
+        with open(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size") as file:
+            return int(file.read().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
         return {2: 1 << 20, 3: 16 << 20}[level]
+
+
+def _cpu_features() -> str:
+    """The vector instruction sets that matter here, or the architecture's name."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+    except OSError:
+        words = set()
+    known = ("sse2", "avx", "fma", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "asimd", "sve")
+    return " ".join(word for word in known if word in words) or platform.machine()
 
 
 def show_config() -> None:
@@ -205,7 +215,8 @@ def show_config() -> None:
         ("NumPy", np.__version__),
         ("backend", f"{backend.NAME} (available: {', '.join(available_backends())})"),
         ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs"),
-        ("caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
+        ("CPU features", _cpu_features()),
+        ("CPU caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
     ]
     for name in available_backends():
         rows += importlib.import_module(BACKENDS[name]).describe()

@@ -100,8 +100,8 @@ def batch_norm(
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
     2015.
     """
-    array = floating(x)
-    xv = view(_at_least_1d(array), axis)
+    momentum = _real(momentum, "momentum")
+    xv = view(_at_least_1d(floating(x)), axis)
     weight, bias = _parameters(weight, bias, xv.c)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
@@ -253,6 +253,7 @@ def _normalize_batch(
     xv: View, residual: Any, weight: Array, bias: Array, eps: float, slope: float, out: Array | None
 ) -> tuple[Array, Saved]:
     """Training forward: the batch's statistics, then the output."""
+    eps = _real(eps, "eps")
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     count = xv.n * xv.s
@@ -280,6 +281,7 @@ def _normalize_running(
     out: Array | None,
 ) -> tuple[Array, Saved]:
     """Inference forward: one scale and one shift a channel."""
+    eps = _real(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     stats, affine = _running_affine(running_mean, running_var, weight, bias, eps)
@@ -420,7 +422,7 @@ def _running_vectors(running_mean: Any, running_var: Any, channels: int, update:
 
 def _update_running(running: tuple[Array, ...], stats: Array, count: int, factor: float) -> None:
     mean, var = running
-    kernels().update_running(mean, var, stats, count, float(factor))
+    kernels().update_running(mean, var, stats, count, factor)
 
 
 def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
@@ -428,6 +430,13 @@ def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
     for vector, target in zip(updated, given, strict=True):
         if vector is not target:
             np.copyto(target, vector)
+
+
+def _real(value: Any, name: str) -> float:
+    """`value` as a float; strings, None and complex numbers are none."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def _at_least_1d(x: Array) -> Array:

@@ -304,8 +304,6 @@ class _BatchNorm:
 
     def __repr__(self) -> str:
         extras = ""
-        if self.affine and "bias" not in self.params:
-            extras += ", bias=False"
         if self.axis != 1:
             extras += f", axis={self.axis}"
         if self.dtype != np.float32:
@@ -314,7 +312,7 @@ class _BatchNorm:
             extras += f", activation={self.activation!r}"
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}{extras})"
+            f"affine={self.affine}, bias={'bias' in self.params}, track_running_stats={self.track_running_stats}{extras})"
         )
 
 
@@ -475,21 +473,14 @@ def _positive_integer(value: Any, name: str) -> int:
 
 
 def _eps(eps: Any) -> float:
-    try:
-        value = float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    value = F._real(eps, "eps")
     if not value >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     return value
 
 
 def _momentum(momentum: Any) -> float | None:
-    if momentum is None:
-        return None
-    if isinstance(momentum, str | bytes) or not hasattr(momentum, "__float__"):
-        raise TypeError(f"momentum must be a number or None, got {momentum!r}")
-    return float(momentum)
+    return None if momentum is None else F._real(momentum, "momentum")
 
 
 def _dtype(dtype: DTypeLike) -> np.dtype[Any]:

@@ -16,7 +16,7 @@ cdef extern from "dispatch.h" nogil:
     enum: NUM_INSTRUCTION_SETS
     const char *instruction_sets[]
     ctypedef struct Job:
-        long n, channels, s, run, columns, rows, block, blocks, ahead
+        Py_ssize_t n, channels, s, run, columns, rows, block, blocks, ahead
         int streaming, training
         double eps, slope
         const void *x
@@ -32,14 +32,14 @@ cdef extern from "dispatch.h" nogil:
         double *grads
         double *part
     ctypedef struct Kernels:
-        long lanes
+        Py_ssize_t lanes
         void (*prepare)(const Job *, int, int) noexcept nogil
-        void (*forward_task)(const Job *, int, long) noexcept nogil
-        void (*backward_task)(const Job *, int, long) noexcept nogil
+        void (*forward_task)(const Job *, int, Py_ssize_t) noexcept nogil
+        void (*backward_task)(const Job *, int, Py_ssize_t) noexcept nogil
         void (*finish)(const Job *, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
-    long tasks_of(const Job *, int phase)
+    Py_ssize_t tasks_of(const Job *, int phase)
 
 cdef extern from *:
     """
@@ -95,9 +95,9 @@ cdef void *data(object array, int flags=PyBUF_SIMPLE) except? NULL:
 
 cdef void run_phase(const Kernels *kernels, Job *job, bint backward, int phase, int threads) noexcept nogil:
     """Serial preparation, independent tasks, serial finish."""
-    cdef long t, tasks = tasks_of(job, phase)
+    cdef Py_ssize_t t, tasks = tasks_of(job, phase)
     kernels.prepare(job, backward, phase)
-    cdef void (*task)(const Job *, int, long) noexcept nogil
+    cdef void (*task)(const Job *, int, Py_ssize_t) noexcept nogil
     task = kernels.backward_task if backward else kernels.forward_task
     if threads == 1:
         for t in range(tasks):
@@ -109,17 +109,18 @@ cdef void run_phase(const Kernels *kernels, Job *job, bint backward, int phase, 
 
 
 def forward(
-    bint reduce, bint apply, int threads, bint split, bint streaming, long run, long columns, long rows, long block,
-    long blocks, long ahead, long n, long channels, long s, double eps, double slope,
+    bint reduce, bint apply, int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block,
+    Py_ssize_t blocks, Py_ssize_t ahead, Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, double eps, double slope,
     x, residual, y, signs, stats, affine, coef, part, int itemsize,
 ):
     """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
     cdef Job job
     job.n, job.channels, job.s = n, channels, s
     job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
-    job.streaming, job.eps, job.slope = streaming, eps, slope
+    job.eps, job.slope = eps, slope
     job.x, job.residual = data(x), data(residual)
     job.y, job.signs = data(y, PyBUF_WRITABLE), <uint16_t *>data(signs, PyBUF_WRITABLE)
+    job.streaming = streaming and job.y != job.x and job.y != job.residual  # in place the lines are in the cache already
     job.stats, job.affine = <double *>data(stats), <double *>data(affine)
     job.coef, job.part = data(coef), <double *>data(part)
     cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
@@ -134,17 +135,18 @@ def forward(
 
 
 def backward(
-    int threads, bint split, bint streaming, long run, long columns, long rows, long block, long blocks, long ahead,
-    long n, long channels, long s, bint training, double slope,
+    int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t blocks, Py_ssize_t ahead,
+    Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, bint training, double slope,
     dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, int itemsize,
 ):
     """Sums of the gradients, then dx and dresidual, or both at once."""
     cdef Job job
     job.n, job.channels, job.s = n, channels, s
     job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
-    job.streaming, job.training, job.slope = streaming, training, slope
+    job.training, job.slope = training, slope
     job.dy, job.x, job.signs = data(dy), data(x), <uint16_t *>data(signs)
     job.dx, job.dresidual = data(dx, PyBUF_WRITABLE), data(dresidual, PyBUF_WRITABLE)
+    job.streaming = streaming and job.dx != job.x and job.dx != job.dy
     job.stats, job.affine, job.grads = <double *>data(stats), <double *>data(affine), <double *>data(grads)
     job.coef, job.part = data(coef), <double *>data(part)
     cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
@@ -156,19 +158,19 @@ def backward(
             run_phase(kernels, &job, True, FUSED, threads)
 
 
-cdef inline double get(const void *values, long c, int itemsize) noexcept nogil:
+cdef inline double get(const void *values, Py_ssize_t c, int itemsize) noexcept nogil:
     """A value of a vector of float32 or float64."""
     return (<const double *>values)[c] if itemsize == 8 else (<const float *>values)[c]
 
 
-cdef inline void put(void *values, long c, int itemsize, double value) noexcept nogil:
+cdef inline void put(void *values, Py_ssize_t c, int itemsize, double value) noexcept nogil:
     if itemsize == 8:
         (<double *>values)[c] = value
     else:
         (<float *>values)[c] = <float>value
 
 
-def fold(running_mean, running_var, weight, bias, double eps, stats, affine, long channels, int itemsize):
+def fold(running_mean, running_var, weight, bias, double eps, stats, affine, Py_ssize_t channels, int itemsize):
     """Inference: statistics and one scale and shift a channel from the running ones."""
     cdef const void *means = data(running_mean)
     cdef const void *variances = data(running_var)
@@ -177,7 +179,7 @@ def fold(running_mean, running_var, weight, bias, double eps, stats, affine, lon
     cdef double *stat = <double *>data(stats, PyBUF_WRITABLE)
     cdef double *coefficient = <double *>data(affine, PyBUF_WRITABLE)
     cdef double mean, var, invstd, scale
-    cdef long c
+    cdef Py_ssize_t c
     for c in range(channels):
         mean, var = get(means, c, itemsize), get(variances, c, itemsize)
         invstd = 1 / sqrt(var + eps)
@@ -187,13 +189,13 @@ def fold(running_mean, running_var, weight, bias, double eps, stats, affine, lon
         coefficient[2 * channels + c] = (get(biases, c, itemsize) if biases else 0) - mean * scale
 
 
-def update_running(running_mean, running_var, stats, long count, double factor, long channels, int itemsize):
+def update_running(running_mean, running_var, stats, Py_ssize_t count, double factor, Py_ssize_t channels, int itemsize):
     """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
     cdef void *means = data(running_mean, PyBUF_WRITABLE)
     cdef void *variances = data(running_var, PyBUF_WRITABLE)
     cdef const double *stat = <const double *>data(stats)
     cdef double unbiased = <double>count / (count - 1)
-    cdef long c
+    cdef Py_ssize_t c
     for c in range(channels):
         put(means, c, itemsize, (1 - factor) * get(means, c, itemsize) + factor * stat[c])
         put(variances, c, itemsize,

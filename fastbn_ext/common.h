@@ -5,6 +5,7 @@
 #define FASTBN_COMMON_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #define point static inline __attribute__((always_inline))
@@ -14,9 +15,11 @@ enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phase
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
 enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1152, AHEAD = 2048 };
 
+typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
+
 /* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
 typedef struct {
-    long n, channels, s, run, columns, rows, block, blocks, ahead;
+    Index n, channels, s, run, columns, rows, block, blocks, ahead;
     int streaming, training;
     double eps, slope;
     const void *x, *residual, *dy;
@@ -27,59 +30,59 @@ typedef struct {
 
 /* The kernels of one value type and one instruction set. */
 typedef struct {
-    long lanes;
+    Index lanes;
     void (*prepare)(const Job *, int backward, int phase);
-    void (*forward_task)(const Job *, int phase, long t);
-    void (*backward_task)(const Job *, int phase, long t);
+    void (*forward_task)(const Job *, int phase, Index t);
+    void (*backward_task)(const Job *, int phase, Index t);
     void (*finish)(const Job *, int backward, int phase);
 } Kernels;
 
-typedef struct { long count; double mean, m2; } Moments;
-typedef struct { long first, rows, column, length; } Block; /* rows of values of a channel */
-typedef struct { long c0, c1; Block block; } Span;          /* a block of some channels */
-typedef struct { long block, column, width; } Chunk;        /* columns of a block of rows */
+typedef struct { Index count; double mean, m2; } Moments;
+typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
+typedef struct { Index c0, c1; Block block; } Span;          /* a block of some channels */
+typedef struct { Index block, column, width; } Chunk;        /* columns of a block of rows */
 
-point long min(long a, long b) { return a < b ? a : b; }
-point long max(long a, long b) { return a > b ? a : b; }
-point long words_of(long s, long lanes) { return (s + lanes - 1) / lanes; }
-point long to_line(const void *x, long itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
+point Index min(Index a, Index b) { return a < b ? a : b; }
+point Index max(Index a, Index b) { return a > b ? a : b; }
+point Index words_of(Index s, Index lanes) { return (s + lanes - 1) / lanes; }
+point Index to_line(const void *x, Index itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
 
 /* Block b of a channel. The last one of a row takes the rest: none is shorter than a vector. */
-point Block block_of(long b, long n, long s) {
+point Block block_of(Index b, Index n, Index s) {
     if (s > BLOCK) {
-        const long pieces = s / BLOCK, p = b % pieces;
+        const Index pieces = s / BLOCK, p = b % pieces;
         return (Block){b / pieces, 1, p * BLOCK, p < pieces - 1 ? BLOCK : s - p * BLOCK};
     }
-    const long rows = BLOCK / s;
+    const Index rows = BLOCK / s;
     return (Block){b * rows, min(rows, n - b * rows), 0, s};
 }
 
 /* Channels of a span: as many as lie in a block's length. */
-point long spread_of(const Job *job) { return job->s > BLOCK ? 1 : max(job->run, BLOCK / job->s); }
+point Index spread_of(const Job *job) { return job->s > BLOCK ? 1 : max(job->run, BLOCK / job->s); }
 
 /* Span t of the whole tensor, in the order of memory. */
-point Span span_of(long t, const Job *job) {
-    const long spread = spread_of(job), spans = (job->channels + spread - 1) / spread, c0 = t % spans * spread;
+point Span span_of(Index t, const Job *job) {
+    const Index spread = spread_of(job), spans = (job->channels + spread - 1) / spread, c0 = t % spans * spread;
     const Block row = {t / spans, 1, 0, job->s};
     return (Span){c0, min(c0 + spread, job->channels), job->s > BLOCK ? block_of(t / spans, job->n, job->s) : row};
 }
 
-point long chunks_of(long columns) { return max(1, columns / CHUNK); }
-point long group_of(long columns) { return max(1, GROUP / columns); }
+point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }
+point Index group_of(Index columns) { return max(1, GROUP / columns); }
 
 /* Chunk t; the last one of a row takes the rest. */
-point Chunk chunk_of(long t, long columns) {
-    const long chunks = chunks_of(columns), q = t % chunks;
+point Chunk chunk_of(Index t, Index columns) {
+    const Index chunks = chunks_of(columns), q = t % chunks;
     return (Chunk){t / chunks, q * CHUNK, q < chunks - 1 ? CHUNK : columns - q * CHUNK};
 }
 
 /* Number of independent tasks of a phase. */
-static inline long tasks_of(const Job *job, int phase) {
+static inline Index tasks_of(const Job *job, int phase) {
     switch (phase) {
     case FUSED: return (job->channels + job->run - 1) / job->run;
     case REDUCE: return job->blocks * job->channels;
     case APPLY: {
-        const long spread = spread_of(job);
+        const Index spread = spread_of(job);
         return (job->s > BLOCK ? job->blocks : job->n) * ((job->channels + spread - 1) / spread);
     }
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
@@ -94,13 +97,13 @@ point void merge(Moments *a, Moments b) {
         return;
     }
     const double delta = b.mean - a->mean, share = (double)b.count / (a->count + b.count);
+    a->m2 = isfinite(delta) ? a->m2 + b.m2 + delta * delta * (a->count * share) : NAN;
     a->mean = isfinite(delta) ? a->mean + delta * share : a->mean + b.mean;
-    a->m2 += b.m2 + delta * delta * (a->count * share);
     a->count += b.count;
 }
 
 /* All that follows from the moments of channel c; `affine` holds weight and bias before. */
-point void finish_statistics(const Job *job, long c, Moments m) {
+point void finish_statistics(const Job *job, Index c, Moments m) {
     const double var = m.m2 / m.count, invstd = 1 / sqrt(var + job->eps);
     double *stats = job->stats + c, *affine = job->affine + c;
     stats[0] = m.mean;
@@ -112,7 +115,7 @@ point void finish_statistics(const Job *job, long c, Moments m) {
 
 /* All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of
    dx = SCALE * dy + A * (x - MEAN) + B. */
-point void finish_gradient(const Job *job, long c, double rounded_mean, double sum_dy, double dot) {
+point void finish_gradient(const Job *job, Index c, double rounded_mean, double sum_dy, double dot) {
     const double count = (double)job->n * job->s, invstd = job->stats[2 * job->channels + c];
     const double scale = job->affine[job->channels + c], low = job->stats[c] - rounded_mean;
     double *grads = job->grads + c;

@@ -6,8 +6,8 @@
 /* --- channel arithmetic ------------------------------------------------------------------------------------------- */
 
 /* HIGH, SCALE, LOW of channel c in REAL, at column j. */
-static void NAME(round_affine)(const Job *job, long j, long c) {
-    const long width = job->columns ? job->columns : job->channels;
+static void NAME(round_affine)(const Job *job, Index j, Index c) {
+    const Index width = job->columns ? job->columns : job->channels;
     const double center = job->affine[c], scale = job->affine[job->channels + c];
     const double shift = job->affine[2 * job->channels + c];
     REAL *coef = (REAL *)job->coef + j, high = (REAL)center;
@@ -17,8 +17,8 @@ static void NAME(round_affine)(const Job *job, long j, long c) {
 }
 
 /* A and B of channel c in REAL, at column j. */
-static void NAME(round_gradient)(const Job *job, long j, long c) {
-    const long width = job->columns ? job->columns : job->channels;
+static void NAME(round_gradient)(const Job *job, Index j, Index c) {
+    const Index width = job->columns ? job->columns : job->channels;
     REAL *coef = (REAL *)job->coef + j;
     coef[A * width] = (REAL)job->grads[2 * job->channels + c];
     coef[B * width] = (REAL)job->grads[3 * job->channels + c];
@@ -54,27 +54,30 @@ point V NAME(gradient)(V dy, V x, int training, V scale, V mean, V a, V b) {
     return training ? scale * dy + (a * (x - mean) + b) : scale * dy;
 }
 
-/* Address AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. */
-point const REAL *NAME(far_ahead)(const REAL *x, long i, long length, long stride) {
-    const long skip = AHEAD / length;
+/* Prefetch what lies AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. */
+point void NAME(far_ahead)(const REAL *x, Index i, Index length, Index stride, const REAL *end) {
+    const Index skip = AHEAD / length;
     i += AHEAD % length;
-    return x + skip * stride + (i < length ? i : i + stride - length);
+    x += skip * stride + (i < length ? i : i + stride - length);
+    if (x < end) prefetch(x);
 }
 
 /* --- row nest ----------------------------------------------------------------------------------------------------- */
 
 /* Mean and m2 of block b of channel c; returns its count. */
-static long NAME(block_moments)(const Job *job, long c, long b, double *mean, double *m2) {
+static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
     const Block k = block_of(b, job->n, job->s);
     const REAL *x = (const REAL *)job->x + (k.first * job->channels + c) * job->s + k.column;
     const double shift = isfinite(x[0]) ? x[0] : 0;
     const W around = NAME(splat_wide)(shift);
     W s1 = {0}, s2 = {0};
-    const long rest = k.length % LANES, stride = job->channels * job->s;
+    const Index rest = k.length % LANES, stride = job->channels * job->s;
+    const REAL *limit = (const REAL *)job->x + job->n * stride;
+    const int far = job->run == 1;
     const MW tail = NAME(wide_mask)(NAME(last)(rest));
-    for (long r = 0; r < k.rows; r++, x += stride) {
-        for (long i = 0; i + LANES <= k.length; i += LANES) {
-            prefetch(NAME(far_ahead)(x, i, k.length, stride));
+    for (Index r = 0; r < k.rows; r++, x += stride) {
+        for (Index i = 0; i + LANES <= k.length; i += LANES) {
+            if (far) NAME(far_ahead)(x, i, k.length, stride, limit);
             W d = NAME(widen)(NAME(load)(x + i)) - around;
             s1 += d;
             s2 += d * d;
@@ -86,7 +89,7 @@ static long NAME(block_moments)(const Job *job, long c, long b, double *mean, do
             s2 += d * d;
         }
     }
-    const long count = k.rows * k.length;
+    const Index count = k.rows * k.length;
     const double sum = NAME(total)(s1), average = sum / count, squares = NAME(total)(s2) - sum * average;
     *mean = shift + average;
     *m2 = squares < 0 ? 0 : squares;
@@ -94,21 +97,25 @@ static long NAME(block_moments)(const Job *job, long c, long b, double *mean, do
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of channel c, added to the given ones. */
-static void NAME(block_gradients)(const Job *job, long c, long b, double *sum_dy, double *sum_dot) {
+static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *sum_dot) {
     const Block k = block_of(b, job->n, job->s);
-    const long words = words_of(job->s, LANES), rest = k.length % LANES, stride = job->channels * job->s;
+    const Index words = words_of(job->s, LANES), rest = k.length % LANES, stride = job->channels * job->s;
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
     const M tail = NAME(last)(rest);
+    const REAL *limit = (const REAL *)job->x + job->n * stride, *dy_limit = (const REAL *)job->dy + job->n * stride;
+    const int far = job->run == 1;
     W dys = {0}, dots = {0};
-    for (long row = k.first; row < k.first + k.rows; row++) {
-        const long begin = (row * job->channels + c) * job->s + k.column;
+    for (Index row = k.first; row < k.first + k.rows; row++) {
+        const Index begin = (row * job->channels + c) * job->s + k.column;
         const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
         const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
-        for (long i = 0; i + LANES <= k.length; i += LANES, sign += sign != 0) {
-            prefetch(NAME(far_ahead)(x, i, k.length, stride));
-            prefetch(NAME(far_ahead)(dy, i, k.length, stride));
+        for (Index i = 0; i + LANES <= k.length; i += LANES, sign += sign != 0) {
+            if (far) {
+                NAME(far_ahead)(x, i, k.length, stride, limit);
+                NAME(far_ahead)(dy, i, k.length, stride, dy_limit);
+            }
             V value = NAME(load)(x + i);
             W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
             dys += g;
@@ -127,13 +134,13 @@ static void NAME(block_gradients)(const Job *job, long c, long b, double *sum_dy
 }
 
 /* Output of `length` values of channel c. */
-point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, long length, long c, REAL *y, uint16_t *sign) {
+point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, Index length, Index c, REAL *y, uint16_t *sign) {
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), none = {0};
-    const long end = length - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
+    const Index end = length - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
-    long i = streaming ? head : 0;
+    Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
     if (i) NAME(store)(y, NAME(output)(NAME(load)(x), residual ? NAME(load)(residual) : none, high, scale, low, slope, 0));
     if (slope == 1 && !residual)
@@ -151,15 +158,15 @@ point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, 
 }
 
 /* dx, and dresidual if wanted, of `length` values of channel c. */
-point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, long length, long c, REAL *dx, REAL *dresidual,
+point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, Index length, Index c, REAL *dx, REAL *dresidual,
                               const uint16_t *sign) {
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
     const V a = NAME(splat)(coef[A * job->channels]), b = NAME(splat)(coef[B * job->channels]);
-    const long end = length - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
+    const Index end = length - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
-    long i = streaming ? head : 0;
+    Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
     if (i) {
         V value = NAME(load)(x), g = NAME(gated)(NAME(load)(dy), value, high, scale, low, slope, 0);
@@ -184,11 +191,11 @@ point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, lon
 }
 
 /* Output of a block of channels c0 to c1. */
-static void NAME(apply_block)(const Job *job, long c0, long c1, Block k) {
-    const long words = words_of(job->s, LANES);
-    for (long row = k.first; row < k.first + k.rows; row++)
-        for (long c = c0; c < c1; c++) {
-            const long at = (row * job->channels + c) * job->s + k.column;
+static void NAME(apply_block)(const Job *job, Index c0, Index c1, Block k) {
+    const Index words = words_of(job->s, LANES);
+    for (Index row = k.first; row < k.first + k.rows; row++)
+        for (Index c = c0; c < c1; c++) {
+            const Index at = (row * job->channels + c) * job->s + k.column;
             uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
             NAME(apply_row)(job, (const REAL *)job->x + at, job->residual ? (const REAL *)job->residual + at : 0, k.length, c,
                             (REAL *)job->y + at, sign);
@@ -196,11 +203,11 @@ static void NAME(apply_block)(const Job *job, long c0, long c1, Block k) {
 }
 
 /* dx and dresidual of a block of channels c0 to c1. */
-static void NAME(gradient_block)(const Job *job, long c0, long c1, Block k) {
-    const long words = words_of(job->s, LANES);
-    for (long row = k.first; row < k.first + k.rows; row++)
-        for (long c = c0; c < c1; c++) {
-            const long at = (row * job->channels + c) * job->s + k.column;
+static void NAME(gradient_block)(const Job *job, Index c0, Index c1, Block k) {
+    const Index words = words_of(job->s, LANES);
+    for (Index row = k.first; row < k.first + k.rows; row++)
+        for (Index c = c0; c < c1; c++) {
+            const Index at = (row * job->channels + c) * job->s + k.column;
             uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
             NAME(gradient_row)(job, (const REAL *)job->dy + at, (const REAL *)job->x + at, k.length, c, (REAL *)job->dx + at,
                                job->dresidual ? (REAL *)job->dresidual + at : 0, sign);
@@ -210,23 +217,23 @@ static void NAME(gradient_block)(const Job *job, long c0, long c1, Block k) {
 /* --- column nest -------------------------------------------------------------------------------------------------- */
 
 /* Mean and m2 of every column of a chunk of a block of rows, into `part` (blocks, 2, columns). */
-static void NAME(column_moments)(const Job *job, long t) {
+static void NAME(column_moments)(const Job *job, Index t) {
     const Chunk q = chunk_of(t, job->columns);
-    const long first = q.block * job->block, end = min(first + job->block, job->rows), rest = q.width % LANES;
+    const Index first = q.block * job->block, end = min(first + job->block, job->rows), rest = q.width % LANES;
     double *s1 = job->part + 2 * q.block * job->columns + q.column, *s2 = s1 + job->columns;
     const REAL *origin = (const REAL *)job->x + first * job->columns + q.column;
     const MW tail = NAME(wide_mask)(NAME(last)(rest));
-    for (long j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
+    for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
     const REAL *x = origin;
-    for (long row = first; row < end; row++, x += job->columns)
-        for (long j = 0; j < q.width; j += LANES) {
-            const long k = min(j, q.width - LANES);
+    for (Index row = first; row < end; row++, x += job->columns)
+        for (Index j = 0; j < q.width; j += LANES) {
+            const Index k = min(j, q.width - LANES);
             W d = NAME(widen)(NAME(load)(x + k)) - NAME(finite)(NAME(widen)(NAME(load)(origin + k)));
             if (k < j) d = (W)((MW)d & tail);
             NAME(store_wide)(s1 + k, NAME(load_wide)(s1 + k) + d);
             NAME(store_wide)(s2 + k, NAME(load_wide)(s2 + k) + d * d);
         }
-    for (long j = 0; j < q.width; j++) {
+    for (Index j = 0; j < q.width; j++) {
         const double mean = s1[j] / (end - first), m2 = s2[j] - s1[j] * mean;
         s1[j] = mean + (isfinite(origin[j]) ? origin[j] : 0);
         s2[j] = m2 < 0 ? 0 : m2;
@@ -234,20 +241,20 @@ static void NAME(column_moments)(const Job *job, long t) {
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns). */
-static void NAME(column_gradients)(const Job *job, long t) {
+static void NAME(column_gradients)(const Job *job, Index t) {
     const Chunk q = chunk_of(t, job->columns);
-    const long first = q.block * job->block, end = min(first + job->block, job->rows);
-    const long words = words_of(job->columns, LANES);
+    const Index first = q.block * job->block, end = min(first + job->block, job->rows);
+    const Index words = words_of(job->columns, LANES);
     double *dys = job->part + 2 * q.block * job->columns + q.column, *dots = dys + job->columns;
     const REAL *coef = (const REAL *)job->coef + q.column, slope = job->slope;
     const M tail = NAME(last)(q.width % LANES);
-    for (long j = 0; j < q.width; j++) dys[j] = dots[j] = 0;
-    for (long row = first; row < end; row++) {
+    for (Index j = 0; j < q.width; j++) dys[j] = dots[j] = 0;
+    for (Index row = first; row < end; row++) {
         const REAL *x = (const REAL *)job->x + row * job->columns + q.column;
         const REAL *dy = (const REAL *)job->dy + row * job->columns + q.column;
         const uint16_t *sign = job->signs ? job->signs + row * words + q.column / LANES : 0;
-        for (long j = 0; j < q.width; j += LANES, sign += sign != 0) {
-            const long k = min(j, q.width - LANES);
+        for (Index j = 0; j < q.width; j += LANES, sign += sign != 0) {
+            const Index k = min(j, q.width - LANES);
             V value = NAME(load)(x + k);
             V g = NAME(gated)(NAME(load)(dy + k), value, NAME(load)(coef + HIGH * job->columns + k),
                               NAME(load)(coef + SCALE * job->columns + k), NAME(load)(coef + LOW * job->columns + k), slope, sign);
@@ -262,10 +269,10 @@ static void NAME(column_gradients)(const Job *job, long t) {
 /* Output of a row. */
 point void NAME(apply_columns)(const Job *job, const REAL *x, const REAL *residual, REAL *y, uint16_t *sign) {
     const REAL *coef = (const REAL *)job->coef, slope = job->slope;
-    const long columns = job->columns, end = columns - LANES;
+    const Index columns = job->columns, end = columns - LANES;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : (V){0};
-    for (long j = 0; j < columns; j += LANES, sign += sign != 0) {
-        const long k = min(j, end);
+    for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
+        const Index k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k);
         V added = k < j || !residual ? last_added : NAME(load)(residual + k);
         NAME(store)(y + k, NAME(output)(value, added, NAME(load)(coef + HIGH * columns + k),
@@ -278,10 +285,10 @@ point void NAME(apply_columns)(const Job *job, const REAL *x, const REAL *residu
 point void NAME(gradient_columns)(const Job *job, const REAL *dy, const REAL *x, REAL *dx, REAL *dresidual,
                                   const uint16_t *sign) {
     const REAL *coef = (const REAL *)job->coef, slope = job->slope;
-    const long columns = job->columns, end = columns - LANES;
+    const Index columns = job->columns, end = columns - LANES;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    for (long j = 0; j < columns; j += LANES, sign += sign != 0) {
-        const long k = min(j, end);
+    for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
+        const Index k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k), g = k < j ? last_dy : NAME(load)(dy + k);
         V scale = NAME(load)(coef + SCALE * columns + k);
         g = NAME(gated)(g, value, NAME(load)(coef + HIGH * columns + k), scale,
@@ -293,18 +300,18 @@ point void NAME(gradient_columns)(const Job *job, const REAL *dy, const REAL *x,
 }
 
 /* Output of the t-th group of rows. */
-static void NAME(apply_group)(const Job *job, long t) {
-    const long columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
-    for (long row = t * group; row < min((t + 1) * group, job->rows); row++)
+static void NAME(apply_group)(const Job *job, Index t) {
+    const Index columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
+    for (Index row = t * group; row < min((t + 1) * group, job->rows); row++)
         NAME(apply_columns)(job, (const REAL *)job->x + row * columns,
                             job->residual ? (const REAL *)job->residual + row * columns : 0, (REAL *)job->y + row * columns,
                             job->signs ? job->signs + row * words : 0);
 }
 
 /* dx and dresidual of the t-th group of rows. */
-static void NAME(gradient_group)(const Job *job, long t) {
-    const long columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
-    for (long row = t * group; row < min((t + 1) * group, job->rows); row++)
+static void NAME(gradient_group)(const Job *job, Index t) {
+    const Index columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
+    for (Index row = t * group; row < min((t + 1) * group, job->rows); row++)
         NAME(gradient_columns)(job, (const REAL *)job->dy + row * columns, (const REAL *)job->x + row * columns,
                                (REAL *)job->dx + row * columns,
                                job->dresidual ? (REAL *)job->dresidual + row * columns : 0,
@@ -314,20 +321,20 @@ static void NAME(gradient_group)(const Job *job, long t) {
 /* --- phases ------------------------------------------------------------------------------------------------------- */
 
 /* Task t of a phase of the forward kernel. */
-static void NAME(forward_task)(const Job *job, int phase, long t) {
-    const long c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
+static void NAME(forward_task)(const Job *job, int phase, Index t) {
+    const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
     switch (phase) {
     case FUSED:
-        for (long c = c0; c < c1; c++) {
+        for (Index c = c0; c < c1; c++) {
             Moments total = {0}, part;
-            for (long b = 0; b < job->blocks; b++) {
+            for (Index b = 0; b < job->blocks; b++) {
                 part.count = NAME(block_moments)(job, c, b, &part.mean, &part.m2);
                 merge(&total, part);
             }
             finish_statistics(job, c, total);
             NAME(round_affine)(job, c, c);
         }
-        for (long b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
+        for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
             NAME(apply_block)(job, c0, c1, block_of(b, job->n, job->s));
         break;
     case REDUCE: {
@@ -347,17 +354,17 @@ static void NAME(forward_task)(const Job *job, int phase, long t) {
 }
 
 /* Task t of a phase of the backward kernel. */
-static void NAME(backward_task)(const Job *job, int phase, long t) {
-    const long c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
+static void NAME(backward_task)(const Job *job, int phase, Index t) {
+    const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
     switch (phase) {
     case FUSED:
-        for (long c = c0; c < c1; c++) {
+        for (Index c = c0; c < c1; c++) {
             double sum_dy = 0, dot = 0;
-            for (long b = 0; b < job->blocks; b++) NAME(block_gradients)(job, c, b, &sum_dy, &dot);
+            for (Index b = 0; b < job->blocks; b++) NAME(block_gradients)(job, c, b, &sum_dy, &dot);
             finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
             NAME(round_gradient)(job, c, c);
         }
-        for (long b = job->blocks - 1; b >= 0; b--) NAME(gradient_block)(job, c0, c1, block_of(b, job->n, job->s));
+        for (Index b = job->blocks - 1; b >= 0; b--) NAME(gradient_block)(job, c0, c1, block_of(b, job->n, job->s));
         break;
     case REDUCE: {
         double *part = job->part + 2 * (t % job->blocks) * job->channels + t / job->blocks;
@@ -381,18 +388,18 @@ static void NAME(backward_task)(const Job *job, int phase, long t) {
 /* Mean and m2 of every channel into the first two rows of `stats`: all its parts, in order. The values that fill no row
    of the column nest have a part each. */
 static void NAME(merge_moments)(const Job *job) {
-    const long columns = job->columns, pixel = job->channels * job->s, rest = job->n * pixel - job->rows * columns;
+    const Index columns = job->columns, pixel = job->channels * job->s, rest = job->n * pixel - job->rows * columns;
     const REAL *x = (const REAL *)job->x + job->rows * columns;
-    for (long c = 0; c < job->channels; c++) {
+    for (Index c = 0; c < job->channels; c++) {
         Moments total = {0};
-        for (long b = 0; b < job->blocks && !columns; b++) {
+        for (Index b = 0; b < job->blocks && !columns; b++) {
             const Block k = block_of(b, job->n, job->s);
             const double *part = job->part + 2 * b * job->channels + c;
             merge(&total, (Moments){k.rows * k.length, part[0], part[job->channels]});
         }
-        for (long begin = c * job->s; begin < columns; begin += pixel)
-            for (long j = begin; j < begin + job->s; j++) {
-                for (long b = 0; b < job->blocks; b++) {
+        for (Index begin = c * job->s; begin < columns; begin += pixel)
+            for (Index j = begin; j < begin + job->s; j++) {
+                for (Index b = 0; b < job->blocks; b++) {
                     const double *part = job->part + 2 * b * columns + j;
                     merge(&total, (Moments){min(job->block, job->rows - b * job->block), part[0], part[columns]});
                 }
@@ -405,13 +412,13 @@ static void NAME(merge_moments)(const Job *job) {
 
 /* The values that fill no row, padded with zeros to one. */
 static void NAME(pad)(const Job *job, const REAL *x, REAL *row) {
-    const long begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
-    for (long j = 0; j < job->columns; j++) row[j] = x && j < rest ? x[begin + j] : 0;
+    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    for (Index j = 0; j < job->columns; j++) row[j] = x && j < rest ? x[begin + j] : 0;
 }
 
 static void NAME(unpad)(const Job *job, const REAL *row, REAL *y) {
-    const long begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
-    for (long j = 0; j < rest && y; j++) y[begin + j] = row[j];
+    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    for (Index j = 0; j < rest && y; j++) y[begin + j] = row[j];
 }
 
 static uint16_t *NAME(last_sign)(const Job *job) {
@@ -439,8 +446,8 @@ static void NAME(gradient_last_row)(const Job *job) {
 
 /* `grads` of every channel: all its parts, in order; the values that fill no row are the last block. */
 static void NAME(merge_gradients)(const Job *job) {
-    const long columns = job->columns, pixel = job->channels * job->s;
-    const long rest = columns ? job->n * pixel - job->rows * columns : 0;
+    const Index columns = job->columns, pixel = job->channels * job->s;
+    const Index rest = columns ? job->n * pixel - job->rows * columns : 0;
     if (rest) {
         REAL x[LONGEST_FOLD], dy[LONGEST_FOLD];
         NAME(pad)(job, job->x, x);
@@ -448,18 +455,18 @@ static void NAME(merge_gradients)(const Job *job) {
         Job row = *job;
         row.x = x, row.dy = dy, row.rows = row.block = 1, row.signs = NAME(last_sign)(job);
         row.part = job->part + 2 * job->blocks * columns;
-        for (long t = 0; t < chunks_of(columns); t++) NAME(column_gradients)(&row, t);
+        for (Index t = 0; t < chunks_of(columns); t++) NAME(column_gradients)(&row, t);
     }
-    for (long c = 0; c < job->channels; c++) {
+    for (Index c = 0; c < job->channels; c++) {
         double sum_dy = 0, dot = 0;
-        for (long b = 0; b < job->blocks && !columns; b++) {
+        for (Index b = 0; b < job->blocks && !columns; b++) {
             const double *part = job->part + 2 * b * job->channels + c;
             sum_dy += part[0];
             dot += part[job->channels];
         }
-        for (long begin = c * job->s; begin < columns; begin += pixel)
-            for (long j = begin; j < begin + job->s; j++)
-                for (long b = 0; b < job->blocks + (j < rest); b++) {
+        for (Index begin = c * job->s; begin < columns; begin += pixel)
+            for (Index j = begin; j < begin + job->s; j++)
+                for (Index b = 0; b < job->blocks + (j < rest); b++) {
                     const double *part = job->part + 2 * b * columns + j;
                     sum_dy += part[0];
                     dot += part[columns];
@@ -470,10 +477,10 @@ static void NAME(merge_gradients)(const Job *job) {
 
 /* What comes before a phase, serially. */
 static void NAME(prepare)(const Job *job, int backward, int phase) {
-    const long width = job->columns ? job->columns : job->channels;
+    const Index width = job->columns ? job->columns : job->channels;
     const int apply = phase == APPLY || phase == APPLY_COLUMNS;
-    for (long j = 0; j < width; j++) {
-        const long c = job->columns ? j / job->s % job->channels : j;
+    for (Index j = 0; j < width; j++) {
+        const Index c = job->columns ? j / job->s % job->channels : j;
         if (backward ? !apply : apply) NAME(round_affine)(job, j, c);
         if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
         if (backward && apply) NAME(round_gradient)(job, j, c);
@@ -485,7 +492,7 @@ static void NAME(finish)(const Job *job, int backward, int phase) {
     const int reduce = phase == REDUCE || phase == REDUCE_COLUMNS;
     if (reduce) (backward ? NAME(merge_gradients) : NAME(merge_moments))(job);
     if (reduce && !backward && job->affine)
-        for (long c = 0; c < job->channels; c++)
+        for (Index c = 0; c < job->channels; c++)
             finish_statistics(job, c, (Moments){job->n * job->s, job->stats[c], job->stats[job->channels + c]});
     if (phase == APPLY_COLUMNS && job->rows * job->columns < job->n * job->channels * job->s)
         (backward ? NAME(gradient_last_row) : NAME(apply_last_row))(job);

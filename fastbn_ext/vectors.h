@@ -5,7 +5,7 @@
    well, comparisons not at all (AVX2, 64-byte vectors: 16 scalar comparisons). W has as many float64.
 */
 
-#define LANES (VECTOR_BYTES / (long)sizeof(REAL))
+#define LANES (VECTOR_BYTES / (Index)sizeof(REAL))
 
 typedef REAL NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 typedef INTEGER NAME(M) __attribute__((vector_size(VECTOR_BYTES)));
@@ -54,7 +54,7 @@ point M NAME(lanes)(void) {
 }
 
 /* True in the last k lanes. */
-point M NAME(last)(long k) { return NAME(lanes)() >= (INTEGER)(LANES - k); }
+point M NAME(last)(Index k) { return NAME(lanes)() >= (INTEGER)(LANES - k); }
 point MW NAME(wide_mask)(M mask) { return __builtin_convertvector(mask, MW); }
 
 /* One bit a lane, and back. */

@@ -84,6 +84,16 @@ def present(typing, x):
 
 
 @intrinsic
+def same(typing, x, y):
+    """Whether two pointers are equal."""
+
+    def build(context, builder, signature, args):
+        return builder.icmp_unsigned("==", *args)
+
+    return types.boolean(x, y), build
+
+
+@intrinsic
 def ahead_of(typing, x, i):
     """Pointer to ``x[i]``."""
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from typing import Any
 
 import numba
@@ -54,6 +55,7 @@ from fastbn.backends._vectors import (
     present,
     put,
     rounded,
+    same,
     scratch,
     splat,
     store,
@@ -90,8 +92,9 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
         return mean_b, m2_b
     delta = mean_b - mean_a
     share = count_b / (count_a + count_b)
-    mean = mean_a + delta * share if math.isfinite(delta) else mean_a + mean_b
-    return mean, m2_a + m2_b + delta * delta * (count_a * share)
+    if not math.isfinite(delta):
+        return mean_a + mean_b, np.nan
+    return mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
 
 
 @point
@@ -187,15 +190,17 @@ def block_of(b, n, s):
 
 
 @point
-def far_ahead(x, at, i, length, stride):
+def far_ahead(x, at, i, length, stride, limit):
     """Prefetch what lies AHEAD values behind x[at + i] in its channel, whose rows of `length` lie `stride` apart."""
     skip = AHEAD // length
     i += AHEAD - skip * length
-    prefetch(x, at + skip * stride + (i if i < length else i + stride - length))
+    at += skip * stride + (i if i < length else i + stride - length)
+    if at < limit:
+        prefetch(x, at)
 
 
 @loop
-def block_moments(x, c, b, n, channels, s):
+def block_moments(x, c, b, n, channels, s, run):
     """Count, mean and m2 of block b of channel c (design, C)."""
     noinline()
     first, rows, column, length = block_of(b, n, s)
@@ -211,7 +216,8 @@ def block_moments(x, c, b, n, channels, s):
     for r in range(rows):
         at = start + r * stride
         for i in range(0, length - LANES + 1, LANES):
-            far_ahead(x, at, i, length, stride)
+            if run == 1:
+                far_ahead(x, at, i, length, stride, n * stride)
             d = widen(load(x, at + i)) - around
             s1 = s1 + d
             s2 = fma(d, d, s2)
@@ -227,7 +233,7 @@ def block_moments(x, c, b, n, channels, s):
 
 
 @loop
-def block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs):
+def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
     noinline()
     first, rows, column, length = block_of(b, n, s)
@@ -242,8 +248,9 @@ def block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs):
         word = (row * channels + c) * words + column // LANES
         at = row * stride + c * s + column
         for i in range(0, length - LANES + 1, LANES):
-            far_ahead(x, at, i, length, stride)
-            far_ahead(dy, at, i, length, stride)
+            if run == 1:
+                far_ahead(x, at, i, length, stride, n * stride)
+                far_ahead(dy, at, i, length, stride, n * stride)
             value = load(x, at + i)
             g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
             sum_dy = sum_dy + g
@@ -512,7 +519,7 @@ def forward_task(
         for c in range(c0, c1):
             count, mean, m2 = 0, 0.0, 0.0
             for b in range(blocks):
-                size, block_mean, block_m2 = block_moments(x, c, b, n, channels, s)
+                size, block_mean, block_m2 = block_moments(x, c, b, n, channels, s, run)
                 mean, m2 = merge(count, mean, m2, size, block_mean, block_m2)
                 count += size
             finish_statistics(c, channels, mean, m2, count, eps, stats, affine)
@@ -524,7 +531,7 @@ def forward_task(
             )  # fmt: skip
     elif phase == REDUCE:
         c, b = t // blocks, t % blocks
-        _, mean, m2 = block_moments(x, c, b, n, channels, s)
+        _, mean, m2 = block_moments(x, c, b, n, channels, s, run)
         part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = mean, m2
     elif phase == APPLY:
         c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
@@ -554,7 +561,7 @@ def backward_task(
         for c in range(c0, c1):
             sum_dy, dot = 0.0, 0.0
             for b in range(blocks):
-                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs)
                 sum_dy += block_dy
                 dot += block_dot
             finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
@@ -567,7 +574,7 @@ def backward_task(
             )  # fmt: skip
     elif phase == REDUCE:
         c, b = t // blocks, t % blocks
-        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, coef, slope, signs)
+        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs)
         part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = sum_dy, dot
     elif phase == APPLY:
         c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
@@ -706,6 +713,7 @@ def _forward(
     """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
     x, residual, y, signs = pointer(x_), pointer(residual_), pointer(y_), pointer(signs_)
     stats, affine, coef, part = pointer(stats_), pointer(affine_), pointer(coef_), pointer(part_)
+    streaming = streaming and not same(x, y) and not same(residual, y)  # in place the lines are in the cache already
     width = columns if columns else channels
     fused = reduce and apply and not split
     for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
@@ -746,6 +754,7 @@ def _backward(
     """Sums of the gradients, then dx and dresidual, or both at once."""
     dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
     stats, affine, grads, coef, part = pointer(stats_), pointer(affine_), pointer(grads_), pointer(coef_), pointer(part_)
+    streaming = streaming and not same(x, dx) and not same(dy, dx)
     width = columns if columns else channels
     for j in range(width):
         c = j // s % channels if columns else j
@@ -944,4 +953,10 @@ def describe() -> list[tuple[str, str]]:
         layer = numba.threading_layer()
     except ValueError:
         layer = "not started"
-    return [("Numba", f"{numba.__version__}, threading layer: {layer}, at most {config.NUMBA_NUM_THREADS} threads")]
+    cache = config.CACHE_DIR or os.path.join(os.path.dirname(__file__), "__pycache__")
+    if not os.access(cache if os.path.isdir(cache) else os.path.dirname(__file__), os.W_OK):
+        cache = f"{cache} cannot be written; a folder of the user's or none is taken"
+    return [
+        ("Numba", f"{numba.__version__}, threading layer: {layer}, at most {config.NUMBA_NUM_THREADS} threads"),
+        ("compile cache", cache),
+    ]

@@ -38,8 +38,9 @@ def merge(count_a: int, mean_a: Array, m2_a: Array, count_b: int, mean_b: Array,
     share = count_b / (count_a + count_b)
     with np.errstate(all="ignore"):
         delta = mean_b - mean_a
-        mean = np.where(np.isfinite(delta), mean_a + delta * share, mean_a + mean_b)
-        return mean, m2_a + m2_b + delta * delta * (count_a * share)
+        finite = np.isfinite(delta)
+        mean = np.where(finite, mean_a + delta * share, mean_a + mean_b)
+        return mean, np.where(finite, m2_a + m2_b + delta * delta * (count_a * share), np.nan)
 
 
 def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
