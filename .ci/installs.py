@@ -1,5 +1,7 @@
 """The ways in which fastbn gets onto a machine; run by a Python that has the test group and the build package.
 
+    python .ci/installs.py [ARGUMENT ...]      arguments go to pytest; without any, all tests are run
+
 Everything is made from the sdist, in a folder where the source tree is out of reach. The whole wheel passes the tests,
 a compiler without OpenMP gives a serial extension, no compiler gives none, and without Numba the extension takes over.
 """
@@ -77,7 +79,7 @@ def install(python: Path, wheel: Path, *options: str) -> None:
     run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", *options, wheel)
 
 
-def test_wheel(sdist: Path, wheel: Path, folder: Path) -> None:
+def test_wheel(sdist: Path, wheel: Path, folder: Path, *options: str) -> None:
     """Run the tests that the sdist carries on a wheel, with no other fastbn in sight."""
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -90,7 +92,7 @@ def test_wheel(sdist: Path, wheel: Path, folder: Path) -> None:
     borrowed = folder / "venv" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages" / "borrowed.pth"
     borrowed.write_text(sysconfig.get_path("platlib") + "\n")
     run(python, "-c", "import fastbn, sys; assert fastbn.__file__.startswith(sys.prefix), fastbn.__file__", cwd=tree)
-    run(python, "-m", "pytest", "-q", cwd=tree)
+    run(python, "-m", "pytest", "-q", *options, cwd=tree)
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def main() -> None:
         print("-- the wheel of the sdist, tested without the source tree", flush=True)
         wheel = make_wheel(sdist, work / "whole", FASTBN_EXT="require")
         assert b"libgomp" in (extension(wheel) or b"")
-        test_wheel(sdist, wheel, work / "tested")
+        test_wheel(sdist, wheel, work / "tested", *sys.argv[1:])
 
         print("-- no compiler", flush=True)
         without = make_wheel(sdist, work / "without", CC="/bin/false")
