@@ -137,6 +137,7 @@ CONVOLUTIONS = ("Conv", "ConvTranspose")
 NORMALIZATIONS = ("BatchNormalization", "InstanceNormalization")
 PRODUCERS = (*CONVOLUTIONS, "Gemm", "MatMul", *NORMALIZATIONS)
 CONSUMERS = (*CONVOLUTIONS, "Gemm", "MatMul")
+INPUTS_OF_PAD = 11  # the opset in which its attributes became inputs
 BIAS = 2  # the input that is the bias of each of them but MatMul
 
 
@@ -479,25 +480,34 @@ class Taken:
     bias: Array
     underflow: int
 
+    def write(self) -> None:
+        """Give the node what it gets."""
+        node, scope = self.node, self.node.scope
+        scope.set_constant(node, self.index, self.weight, f"{node.label}_weight")
+        if node.op == "MatMul":
+            shift_output(node, self.bias)
+        elif node.input(BIAS) or self.bias.any():
+            scope.set_constant(node, BIAS, self.bias, f"{node.label}_bias")
+        if node.op == "Gemm":
+            node.dropped.add("beta")
+
 
 def into_consumers(bn: Node, affine: Affine) -> Placed:
     """Fold a batch norm into the linear nodes behind it, all of them or none."""
     scope, name = bn.scope, bn.outputs[0]
-    taken = list(takers_of(bn, name, affine))
+    try:
+        taken = list(takers_of(bn, name, affine))
+    except Obstacle as obstacle:
+        if obstacle.code != "padded-consumer":
+            raise
+        return into_padded_consumer(bn, affine, obstacle)
     if not taken:
         raise Obstacle("no-linear-neighbour", "nothing behind it is linear")
     for reader in list(scope.readers[name]):
         reader.scope.set_input(reader, reader.inputs.index(name), bn.inputs[0])
     scope.remove(bn)
     for entry in taken:
-        node = entry.node
-        scope.set_constant(node, entry.index, entry.weight, f"{node.label}_weight")
-        if node.op == "MatMul":
-            shift_output(node, entry.bias)
-        elif node.input(BIAS) or entry.bias.any():
-            scope.set_constant(node, BIAS, entry.bias, f"{node.label}_bias")
-        if node.op == "Gemm":
-            node.dropped.add("beta")
+        entry.write()
     into = ", ".join(entry.node.label for entry in taken)
     return Placed(into, "into-consumer", sum(entry.underflow for entry in taken))
 
@@ -526,15 +536,49 @@ def takers_of(bn: Node, name: str, affine: Affine) -> Iterator[Taken]:
         raise Obstacle(code, f"its output {name} is an output of the graph")
 
 
-def taken_by(node: Node, bn: Node, name: str, affine: Affine) -> Taken:
-    """Compute what one node behind a batch norm takes in."""
+def into_padded_consumer(bn: Node, affine: Affine, obstacle: Obstacle) -> Placed:
+    """Fold a batch norm into the one Conv behind it that pads, by a Pad in front with what becomes zero behind it.
+
+    A Pad has one value for all channels, so all must have the same ``-shift / scale``: always so with one channel.
+    """
+    scope, name = bn.scope, bn.outputs[0]
+    node, *others = scope.readers[name]
+    if others or name in scope.exported or node.op != "Conv" or attribute(node, "auto_pad", b"NOTSET") != b"NOTSET":
+        raise obstacle
+    taken = taken_by(node, bn, name, affine, padded=True)
+    with np.errstate(all="ignore"):
+        values = np.unique((-affine.shift / affine.scale).astype(taken.weight.dtype))
+    if values.size != 1 or not np.isfinite(values).all():
+        raise obstacle
+    pads = list(attribute(node, "pads", ()))
+    half = len(pads) // 2
+    pads = [0, 0, *pads[:half], 0, 0, *pads[half:]]
+    if scope.opset < INPUTS_OF_PAD:
+        pad = helper.make_node("Pad", [bn.inputs[0]], [name], name=bn.name, pads=pads, value=float(values[0]))
+    else:
+        constants = [np.array(pads, np.int64), values.reshape(())]
+        names = [scope.add_constant(value, f"{node.label}_pads") for value in constants]
+        pad = helper.make_node("Pad", [bn.inputs[0], *names], [name], name=bn.name)
+    replace(bn, pad)
+    taken.write()
+    node.dropped.add("pads")
+    return Placed(node.label, "into-consumer", taken.underflow)
+
+
+def taken_by(node: Node, bn: Node, name: str, affine: Affine, *, padded: bool = False) -> Taken:
+    """Compute what one node behind a batch norm takes in; with ``padded``, its padding has been seen to."""
+    if node.op == "Pad" and any(reader.op in CONVOLUTIONS for reader in bn.scope.readers.get(node.outputs[0], ())):
+        raise Obstacle(
+            "padded-consumer", f"{node.label} pads a convolution with another value than the batch norm gives"
+        )
     if node.op not in CONSUMERS or node.inputs[0] != name or node.inputs.count(name) > 1:
         raise Obstacle("no-linear-neighbour", f"its output goes to {node.op} {node.label}")
     if node.scope is not bn.scope:
         raise Obstacle("outer-scope", f"{node.label} is in another graph than the batch norm")
     weight = weight_of(node, None)
     check_inputs(node, weight, affine)
-    check_padding(node, weight, affine)
+    if not padded:
+        check_padding(node, weight, affine)
     bias = bias_of(node, weight)
     if bias is None:
         bias = np.zeros(weight.layout.outputs)

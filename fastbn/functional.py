@@ -398,13 +398,15 @@ def _pair(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
         return EMPTY[bias.dtype], bias
     if bias is None:
         return weight, EMPTY[weight.dtype]
-    weight, bias = _of_one_dtype(weight, bias)
+    if weight.dtype != bias.dtype:
+        return weight.astype(np.float64), bias.astype(np.float64)
     return weight, bias
 
 
 def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
     """The vectors themselves where they share a dtype, else float64 copies."""
-    if len({vector.dtype for vector in vectors}) == 1:
+    dtype = vectors[0].dtype
+    if all(vector.dtype == dtype for vector in vectors):
         return vectors
     return tuple(vector.astype(np.float64) for vector in vectors)
 
@@ -434,6 +436,8 @@ def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
 
 def _real(value: Any, name: str) -> float:
     """`value` as a float; strings, None and complex numbers are none."""
+    if type(value) is float:
+        return value
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)

@@ -171,7 +171,8 @@ class _BatchNorm:
         factor = 1.0 / tracked if self.momentum is None else self.momentum
         vectors = F._of_one_dtype(*running)
         F._update_running(vectors, saved.stats, count, factor)
-        F._write_back(vectors, (self.running_mean, self.running_var))
+        if vectors[0] is not self.running_mean or vectors[1] is not self.running_var:
+            F._write_back(vectors, (self.running_mean, self.running_var))
         self.num_batches_tracked = tracked
 
     # --- parameters and modes ---

@@ -475,16 +475,19 @@ static void NAME(merge_gradients)(const Job *job) {
     }
 }
 
-/* What comes before a phase, serially. */
+/* What comes before a phase, serially: coefficients for every channel or, repeated as the channels are, every column. */
 static void NAME(prepare)(const Job *job, int backward, int phase) {
-    const Index width = job->columns ? job->columns : job->channels;
+    const Index repeats = job->columns ? job->columns / (job->channels * job->s) : 1, length = job->columns ? job->s : 1;
+    const Index width = repeats * job->channels * length;
     const int apply = phase == APPLY || phase == APPLY_COLUMNS;
-    for (Index j = 0; j < width; j++) {
-        const Index c = job->columns ? j / job->s % job->channels : j;
-        if (backward ? !apply : apply) NAME(round_affine)(job, j, c);
-        if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
-        if (backward && apply) NAME(round_gradient)(job, j, c);
-    }
+    Index j = 0;
+    for (Index q = 0; q < repeats; q++)
+        for (Index c = 0; c < job->channels; c++)
+            for (Index k = 0; k < length; k++, j++) {
+                if (backward ? !apply : apply) NAME(round_affine)(job, j, c);
+                if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
+                if (backward && apply) NAME(round_gradient)(job, j, c);
+            }
 }
 
 /* What comes after a phase, serially. */

@@ -34,6 +34,9 @@ ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 128  # values that a folded row should have at least
 
 
+_NOTHING = np.empty(0)
+
+
 class Plan(NamedTuple):
     """One call's cut, in the order in which kernels take it."""
 
@@ -72,7 +75,7 @@ def workspace(cut: Plan, c: int, coefficients: int, dtype: np.dtype[Any]) -> tup
     """Room for the coefficients of every channel or column, and for the sums of every block where they are needed."""
     width = cut.columns or c
     coef = np.empty(coefficients * width, dtype)
-    return coef, np.empty(2 * (cut.blocks + 1) * width if cut.split else 0)
+    return coef, np.empty(2 * (cut.blocks + 1) * width) if cut.split else _NOTHING
 
 
 def _folded_row(pixel: int) -> int:

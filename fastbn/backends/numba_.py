@@ -74,6 +74,8 @@ NAME = "numba"
 HIGH, SCALE, LOW, MEAN, A, B = range(6)
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
+# What `round_all` rounds: HIGH, SCALE, LOW; these and MEAN; A, B.
+ROUND_AFFINE, ROUND_BOTH, ROUND_GRADIENT = range(3)
 
 CHUNK = 512  # columns whose sums stay in L1
 GROUP = 1 << 14  # values of a task of the column nest
@@ -613,6 +615,25 @@ def tasks_of(phase, run, columns, rows, blocks, n, channels, s):
 
 
 @loop
+def round_all(columns, channels, s, coef, stats, affine, grads, what):
+    """Coefficients for every channel or, repeated as the channels are, every column."""
+    noinline()
+    repeats, length = (columns // (channels * s), s) if columns else (1, 1)
+    width = repeats * channels * length
+    j = 0
+    for _ in range(repeats):
+        for c in range(channels):
+            for _ in range(length):
+                if what == ROUND_GRADIENT:
+                    round_gradient(coef, j, width, c, channels, grads)
+                else:
+                    round_affine(coef, j, width, c, channels, affine)
+                if what == ROUND_BOTH:
+                    coef[MEAN * width + j] = rounded(coef, stats[c])
+                j += 1
+
+
+@loop
 def merge_moments(x, rows, block, columns, blocks, n, channels, s, part, stats):
     """Mean and m2 of every channel into the first two rows of `stats`: all its parts, in order."""
     noinline()
@@ -714,15 +735,13 @@ def _forward(
     x, residual, y, signs = pointer(x_), pointer(residual_), pointer(y_), pointer(signs_)
     stats, affine, coef, part = pointer(stats_), pointer(affine_), pointer(coef_), pointer(part_)
     streaming = streaming and not same(x, y) and not same(residual, y)  # in place the lines are in the cache already
-    width = columns if columns else channels
     fused = reduce and apply and not split
     for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
         if step == 0:
             phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
         else:
             phase = APPLY_COLUMNS if columns else APPLY
-            for j in range(width):
-                round_affine(coef, j, width, j // s % channels if columns else j, channels, affine)
+            round_all(columns, channels, s, coef, stats, affine, affine, ROUND_AFFINE)
         tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
         if threads == 1:
             for t in range(tasks):
@@ -755,18 +774,13 @@ def _backward(
     dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
     stats, affine, grads, coef, part = pointer(stats_), pointer(affine_), pointer(grads_), pointer(coef_), pointer(part_)
     streaming = streaming and not same(x, dx) and not same(dy, dx)
-    width = columns if columns else channels
-    for j in range(width):
-        c = j // s % channels if columns else j
-        round_affine(coef, j, width, c, channels, affine)
-        coef[MEAN * width + j] = rounded(coef, stats[c])
+    round_all(columns, channels, s, coef, stats, affine, grads, ROUND_BOTH)
     for step in range(2 if split else 1):
         if step == 0:
             phase = FUSED if not split else (REDUCE_COLUMNS if columns else REDUCE)
         else:
             phase = APPLY_COLUMNS if columns else APPLY
-            for j in range(width):
-                round_gradient(coef, j, width, j // s % channels if columns else j, channels, grads)
+            round_all(columns, channels, s, coef, stats, affine, grads, ROUND_GRADIENT)
         tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
         if threads == 1:
             for t in range(tasks):
