@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 
 from fastbn import functional
 from fastbn._engine import (
@@ -12,6 +13,7 @@ from fastbn._engine import (
     set_num_threads,
     show_config,
     use_backend,
+    warmup,
 )
 from fastbn.folding import fold_conv, fold_into_next_conv, fold_linear, fold_scale_shift, fold_state_dict
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_forward, moments, scale_shift
@@ -45,4 +47,14 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "use_backend",
+    "warmup",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Reach `fastbn.onnx` without importing it first."""
+    if name == "onnx":
+        import fastbn.onnx as module
+
+        return module
+    raise AttributeError(f"module 'fastbn' has no attribute {name!r}")

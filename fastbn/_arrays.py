@@ -141,9 +141,7 @@ def writable_in_place(out: Array, like: View, inputs: tuple[Array, ...]) -> bool
     """Whether kernels may write to `out` directly: laid out like the input, and overlapping no input but exactly."""
     if out.strides != like.array.strides or not out.flags.num & 0x100:
         return False
-    return all(
-        other is out or not np.may_share_memory(out, other) or _same_memory(out, other) for other in inputs
-    )
+    return all(other is out or not np.may_share_memory(out, other) or _same_memory(out, other) for other in inputs)
 
 
 def _same_memory(a: Array, b: Array) -> bool:

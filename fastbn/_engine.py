@@ -52,7 +52,9 @@ def _load(name: str, context: str = "") -> Any:
         return importlib.import_module(BACKENDS[name])
     except ImportError as error:
         available = ", ".join(available_backends())
-        raise RuntimeError(f"{context}backend {name!r} cannot be used here ({error}); available: {available}") from error
+        raise RuntimeError(
+            f"{context}backend {name!r} cannot be used here ({error}); available: {available}"
+        ) from error
 
 
 def _first_available() -> Any:
@@ -116,6 +118,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+def warmup() -> None:
+    """Prepare all kernels of the backend in force: Numba compiles them, or loads them from its cache on disk."""
+    kernels().warmup()
 
 
 def usable_cpus() -> int:

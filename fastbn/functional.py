@@ -202,9 +202,7 @@ def batch_norm_backward(
     return dx, dweight, dbias
 
 
-def scale_shift(
-    x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int = 1, out: Array | None = None
-) -> Array:
+def scale_shift(x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int = 1, out: Array | None = None) -> Array:
     """``x * scale + shift``, one scale and one shift a channel.
 
     Parameters
@@ -265,7 +263,7 @@ def _normalize_batch(
         kernels().forward(xv.flat, res, weight, bias, eps, slope, xv.n, xv.c, xv.s, flat(y), signs, stats, affine)
     else:
         stats[:], affine[:] = np.nan, 0.0
-    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(y, target, xv))
+    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv))
     return _delivered(y, target), saved
 
 
@@ -305,7 +303,7 @@ def _transform(
     target, y, res, signs = _prepare(xv, residual, slope, out, (), keep_signs)
     if xv.flat.size:
         kernels().transform(xv.flat, res, affine, slope, xv.n, xv.c, xv.s, flat(y), signs)
-    return _delivered(y, target), signs, _overlap(y, target, xv)
+    return _delivered(y, target), signs, _overlap(target, xv)
 
 
 def _gradients(
@@ -379,7 +377,7 @@ def _delivered(y: Array, target: Array | None) -> Array:
     return target
 
 
-def _overlap(y: Array, target: Array | None, xv: View) -> bool:
+def _overlap(target: Array | None, xv: View) -> bool:
     return target is not None and np.may_share_memory(target, xv.array)
 
 

@@ -30,6 +30,9 @@ class _BatchNorm:
 
     _ranks: tuple[int, ...]
 
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = f"{cls.__doc__}{_PARAMETERS}"
+
     def __init__(
         self,
         num_features: int,
@@ -102,7 +105,8 @@ class _BatchNorm:
         xv = view(array, self.axis)
         if xv.c != self.num_features:
             raise ValueError(
-                f"expected {self.num_features} channels on axis {self.axis}, got {xv.c} in an input of shape {array.shape}"
+                f"expected {self.num_features} channels on axis {self.axis}, "
+                f"got {xv.c} in an input of shape {array.shape}"
             )
         weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
         running = self._running()
@@ -313,7 +317,8 @@ class _BatchNorm:
             extras += f", activation={self.activation!r}"
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={'bias' in self.params}, track_running_stats={self.track_running_stats}{extras})"
+            f"affine={self.affine}, bias={'bias' in self.params}, "
+            f"track_running_stats={self.track_running_stats}{extras})"
         )
 
 
@@ -363,17 +368,20 @@ _PARAMETERS = """
 
 
 class BatchNorm1d(_BatchNorm):
-    __doc__ = "Batch normalization of (N, C) or (N, C, L) arrays." + _PARAMETERS
+    """Batch normalization of (N, C) or (N, C, L) arrays."""
+
     _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm):
-    __doc__ = "Batch normalization of (N, C, H, W) arrays." + _PARAMETERS
+    """Batch normalization of (N, C, H, W) arrays."""
+
     _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm):
-    __doc__ = "Batch normalization of (N, C, D, H, W) arrays." + _PARAMETERS
+    """Batch normalization of (N, C, D, H, W) arrays."""
+
     _ranks = (5,)
 
 
@@ -397,6 +405,8 @@ class ScaleShift:
     shift: Array
     axis: int
     activation: Activation
+    _affine: Array
+    _slope: float
 
     def __init__(
         self,
@@ -428,7 +438,8 @@ class ScaleShift:
         xv = view(array, self.axis)
         if xv.c != len(self.scale):
             raise ValueError(
-                f"expected {len(self.scale)} channels on axis {self.axis}, got {xv.c} in an input of shape {array.shape}"
+                f"expected {len(self.scale)} channels on axis {self.axis}, "
+                f"got {xv.c} in an input of shape {array.shape}"
             )
         return F._transform(xv, residual, self._affine, self._slope, out, keep_signs=False)[0]
 
@@ -442,7 +453,8 @@ class ScaleShift:
         return _rebuild, (self._affine[1], self._affine[2], self.axis, self.scale.dtype, self.activation)
 
     def __repr__(self) -> str:
-        return f"ScaleShift(scale={self.scale}, shift={self.shift}, axis={self.axis}, activation={self.activation!r})"
+        values = f"scale={self.scale}, shift={self.shift}"
+        return f"ScaleShift({values}, axis={self.axis}, activation={self.activation!r})"
 
 
 def _rebuild(scale: Array, shift: Array, axis: int, dtype: DTypeLike, activation: Activation) -> ScaleShift:

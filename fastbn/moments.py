@@ -103,7 +103,7 @@ class Moments:
         return Moments(self.count, self.mean, self.m2).merge(other)
 
     def var(self, ddof: int = 0) -> Array:
-        """Variance of each channel, m2 / (count - ddof), shape (C,); NaN where there are not more than `ddof` values."""
+        """Variance of each channel, ``m2 / (count - ddof)``; NaN where there are not more than `ddof` values."""
         if self.count <= ddof:
             return np.full_like(self.mean, np.nan)
         return self.m2 / (self.count - ddof)

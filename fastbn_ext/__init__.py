@@ -1,1 +1,1 @@
-"""The compiled kernels of fastbn: C loops over vectors, called from Cython without the GIL. Imports nothing of fastbn."""
+"""The compiled kernels of fastbn: C loops over vectors, called without the GIL. Imports nothing of fastbn."""

@@ -33,9 +33,13 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({dtype})")
 
 
-register_model(Vector)(type("VectorModel", (models.PrimitiveModel,), {
-    "__init__": lambda self, manager, vector: models.PrimitiveModel.__init__(self, manager, vector, vector.llvm)
-}))
+register_model(Vector)(
+    type(
+        "VectorModel",
+        (models.PrimitiveModel,),
+        {"__init__": lambda self, manager, vector: models.PrimitiveModel.__init__(self, manager, vector, vector.llvm)},
+    )
+)
 BOOLEANS = Vector(types.boolean)
 
 
@@ -150,14 +154,14 @@ def load(typing, x, i):
     vector = Vector(x.dtype)
 
     def build(context, builder, signature, args):
-        return builder.load(_vector_pointer(builder, *args, vector.llvm), align=x.dtype.bitwidth // 8)
+        return builder.load(_vector_pointer(builder, args[0], args[1], vector.llvm), align=x.dtype.bitwidth // 8)
 
     return vector(x, types.intp), build
 
 
 def _storing(x, value, align, metadata):
     def build(context, builder, signature, args):
-        store = builder.store(args[2], _vector_pointer(builder, *args[:2], value.llvm), align=align)
+        store = builder.store(args[2], _vector_pointer(builder, args[0], args[1], value.llvm), align=align)
         if metadata:
             store.set_metadata(metadata, builder.module.add_metadata([_I32(1)]))
         return context.get_dummy_value()
@@ -173,7 +177,7 @@ def store(typing, x, i, value):
 
 @intrinsic
 def put(typing, x, i, value, streaming):
-    """As `store`; if `streaming`, past the cache: ``x[i]`` lies on a 64-byte boundary then, and a `fence` must follow."""
+    """As `store`; if `streaming`, past the cache: ``x[i]`` lies on a 64-byte boundary then; a `fence` must follow."""
     plain, past = _storing(x, value, value.dtype.bitwidth // 8, None), _storing(x, value, 64, "nontemporal")
 
     def build(context, builder, signature, args):
@@ -302,7 +306,9 @@ def last(typing, k):
     def build(context, builder, signature, args):
         first = builder.trunc(builder.sub(_I64(LANES), args[0]), _I32)
         undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
-        bound = builder.shuffle_vector(builder.insert_element(undefined, first, _I32(0)), undefined, _lanes([0] * LANES))
+        bound = builder.shuffle_vector(
+            builder.insert_element(undefined, first, _I32(0)), undefined, _lanes([0] * LANES)
+        )
         return builder.icmp_signed(">=", _lanes(range(LANES)), bound)
 
     return BOOLEANS(types.intp), build

@@ -20,6 +20,10 @@ NAME = "cython"
 _NOTHING = np.empty(0)
 
 
+def warmup() -> None:
+    """Nothing to prepare: the kernels are compiled."""
+
+
 def _cut(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan:
     return plan(n, c, s, itemsize, reads, arrays, _engine.get_num_threads())
 
@@ -32,7 +36,7 @@ def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
 def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
     """Mean and sum of squared deviations of every channel."""
     cut = _cut(n, c, s, x.itemsize, 1, 1)._replace(split=True)
-    coef, part = workspace(cut, c, 0, x.dtype)
+    _, part = workspace(cut, c, 0, x.dtype)
     none, stats = EMPTY[x.dtype], np.empty((2, c))
     _kernels.forward(
         True, False, *cut, n, c, s, 0.0, 1.0, x, none, none, NO_SIGNS, stats, _NOTHING, none, part, x.itemsize

@@ -15,8 +15,8 @@ E. A row's last, partial vector overlaps the one before it, and is loaded before
 F. Streamed output begins with a plain vector up to the first line of the cache, and goes on in whole lines. A stage in
    L1, which would let short rows be streamed too, was tried: 1.25 copies for inference where this costs 1.0, because
    reads and writes no longer overlap.
-G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies). While the rows of
-   a task are written, those of the next are prefetched if they are short (32x1024x14x14: training 2.7 to 1.7 copies).
+G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies). While short
+   rows of a task are written, those of the next are prefetched (32x1024x14x14: training 2.7 to 1.7 copies).
 H. A kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all forward operations, and everything inside works on pointers.
 """
@@ -26,12 +26,12 @@ from __future__ import annotations
 import functools
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import config, njit, prange, types
-
 from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
@@ -111,7 +111,7 @@ def finish_statistics(c, channels, mean, m2, count, eps, stats, affine):
 
 @point
 def finish_gradient(c, channels, mean_rounded, sum_dy, dot, count, stats, affine, grads):
-    """All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of
+    """All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, A and B.
 
     dx = SCALE * dy + A * (x - MEAN) + B
     """
@@ -210,7 +210,7 @@ def block_moments(x, c, b, n, channels, s, run):
     start = first * stride + c * s + column
     shift = np.float64(x[start])
     if not math.isfinite(shift):
-        shift = 0.0
+        shift = np.float64(0.0)
     around, zero = splat(shift), splat(0.0)
     s1, s2 = zero, zero
     rest = length % LANES
@@ -353,7 +353,8 @@ def apply_block(
 
 @loop
 def gradient_block(
-    dy, x, c0, c1, first, rows, column, length, channels, s, coef, training, slope, dx, dresidual, signs, streaming, ahead
+    dy, x, c0, c1, first, rows, column, length, channels, s, coef, training, slope,
+    dx, dresidual, signs, streaming, ahead,
 ):  # fmt: skip
     """dx and dresidual of a block of channels c0 to c1."""
     noinline()
@@ -772,7 +773,13 @@ def _backward(
 ):  # fmt: skip
     """Sums of the gradients, then dx and dresidual, or both at once."""
     dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
-    stats, affine, grads, coef, part = pointer(stats_), pointer(affine_), pointer(grads_), pointer(coef_), pointer(part_)
+    stats, affine, grads, coef, part = (
+        pointer(stats_),
+        pointer(affine_),
+        pointer(grads_),
+        pointer(coef_),
+        pointer(part_),
+    )
     streaming = streaming and not same(x, dx) and not same(dy, dx)
     round_all(columns, channels, s, coef, stats, affine, grads, ROUND_BOTH)
     for step in range(2 if split else 1):
@@ -882,7 +889,7 @@ def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
 def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
     """Mean and sum of squared deviations of every channel."""
     cut = _cut(n, c, s, x.itemsize, 1, 1)._replace(split=True)
-    coef, part = workspace(cut, c, 0, x.dtype)
+    _, part = workspace(cut, c, 0, x.dtype)
     none, stats = EMPTY[x.dtype], np.empty((2, c))
     kernel = _compiled("forward", x.dtype)
     kernel(True, False, *cut, n, c, s, 0.0, 1.0, x, none, none, NO_SIGNS, stats, stats, none, part)
@@ -967,9 +974,9 @@ def describe() -> list[tuple[str, str]]:
         layer = numba.threading_layer()
     except ValueError:
         layer = "not started"
-    cache = config.CACHE_DIR or os.path.join(os.path.dirname(__file__), "__pycache__")
-    if not os.access(cache if os.path.isdir(cache) else os.path.dirname(__file__), os.W_OK):
-        cache = f"{cache} cannot be written; a folder of the user's or none is taken"
+    folder = Path(config.CACHE_DIR or Path(__file__).with_name("__pycache__"))
+    writable = os.access(folder if folder.is_dir() else folder.parent, os.W_OK)
+    cache = str(folder) if writable else f"{folder} cannot be written; a folder of the user's or none is taken"
     return [
         ("Numba", f"{numba.__version__}, threading layer: {layer}, at most {config.NUMBA_NUM_THREADS} threads"),
         ("compile cache", cache),

@@ -150,7 +150,7 @@ def backward(
     open_ = np.unpackbits(signs.view(np.uint8), count=n * c * s).reshape(n, c, s) if signs.size else None
 
     def gradient(part: Any) -> Array:
-        g = _wide(dy, n, c, s)(part)
+        g: Array = _wide(dy, n, c, s)(part)
         if slope == 1.0:
             return g
         if open_ is not None:
@@ -191,7 +191,8 @@ def _wide(x: Array, n: int, c: int, s: int) -> Any:
 
 def _preactivation(x: Array, affine: Array) -> Array:
     center, scale, shift = affine[:, :, None]
-    return (x - center) * scale + shift
+    z: Array = (x - center) * scale + shift
+    return z
 
 
 def _activated(z: Array, positive: Array, slope: float) -> Array:
