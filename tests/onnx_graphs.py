@@ -313,7 +313,31 @@ def norm_and_reflecting_pad():
     return g.model(g.conv(y, 4, 6))
 
 
-@case("no-linear-neighbour")
+def one_channel(opset):
+    g = Graph(2, 1, 9, 8, opset=opset)
+    return g.model(g.conv(g.norm("x", 1), 1, 6, pads=[1, 2, 0, 1]))
+
+
+CASES["norm_of_one_channel_and_padded_conv"] = Case(lambda: one_channel(17), [BEHIND], ["Pad", "Conv"])
+CASES["norm_of_one_channel_and_padded_conv_in_opset_9"] = Case(lambda: one_channel(9), [BEHIND], ["Pad", "Conv"])
+
+
+@case(BEHIND, operators=["Pad", "Conv"])
+def norm_of_equal_channels_and_padded_conv():
+    """Normalised images in grey: the same mean everywhere, each channel with its own scale."""
+    g = Graph(2, 3, 9, 8)
+    constants = [g.const(v) for v in ([2.0, -4.0, 1.0], np.zeros(3), np.full(3, 0.5), np.ones(3))]
+    return g.model(g.conv(g.norm("x", 3, constants=constants), 3, 6, pads=[1, 1, 1, 1], bias=False))
+
+
+@case("padded-consumer")
+def norm_of_one_channel_read_twice():
+    g = Graph(2, 1, 9, 8)
+    y = g.norm("x", 1)
+    return g.model(g.conv(y, 1, 6, pads=[1, 1, 1, 1]), g.conv(y, 1, 6, pads=[1, 1, 1, 1]))
+
+
+@case("padded-consumer")
 def norm_and_zero_pad():
     g = Graph(2, 4, 9, 8)
     y = g.add("Pad", g.norm("x", 4), g.const([0, 0, 1, 1, 0, 0, 1, 1], dtype=np.int64))

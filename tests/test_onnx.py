@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx_graphs import CASES
@@ -347,9 +346,25 @@ def test_resnet_takes_two_seconds_and_three_times_its_size(tmp_path):
 # --- exports from PyTorch --------------------------------------------------------------------------------------------
 
 
-def blocks():
-    """Return a network for each kind of layer in front of a batch norm, with the shape of its input."""
-    nn = torch.nn
+BLOCKS = (
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "grouped",
+    "depthwise",
+    "circular",
+    "transposed1d",
+    "transposed2d",
+    "transposed3d",
+    "linear",
+    "linear_no_bias",
+    "norm_first",
+    "chain",
+)
+
+
+def blocks(nn):
+    """Return a network for each of ``BLOCKS``, with the shape of its input."""
     return {
         "conv1d": ((2, 4, 16), nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU())),
         "conv2d": ((2, 4, 9, 9), nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU())),
@@ -370,7 +385,7 @@ def blocks():
     }
 
 
-def export(network, shape):
+def export(torch, network, shape):
     """Export without the folding that the exporter itself can do."""
     x = torch.randn(shape)
     with warnings.catch_warnings():
@@ -381,10 +396,10 @@ def export(network, shape):
     return onnx.load_from_string(buffer.getvalue()), x
 
 
-@pytest.mark.parametrize("kind", blocks())
-def test_pytorch_exports(kind):
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_pytorch_exports(torch, kind):
     torch.manual_seed(0)
-    shape, network = blocks()[kind]
+    shape, network = blocks(torch.nn)[kind]
     for module in network.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.normal_(module.running_mean)
@@ -393,7 +408,7 @@ def test_pytorch_exports(kind):
                 torch.nn.init.normal_(module.weight)
                 torch.nn.init.normal_(module.bias)
     network.eval()
-    model, x = export(network, shape)
+    model, x = export(torch, network, shape)
     norms = norms_of(model)
     assert norms
     result = fold(model)
