@@ -200,13 +200,25 @@ def cache_bytes(level: int) -> int:
         return {2: 1 << 20, 3: 16 << 20}[level]
 
 
-def _cpu_features() -> str:
-    """The vector instruction sets that matter here, or the architecture's name."""
+@functools.cache
+def _cpuinfo(*keys: str) -> str:
+    """The first line of the system's description of its CPUs that begins with one of the keys; empty if there is none."""
     try:
         with open("/proc/cpuinfo") as file:
-            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+            return next((line for line in file if line.startswith(keys)), "")
     except OSError:
-        words = set()
+        return ""
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the CPU is Intel's, as far as the system says."""
+    return "GenuineIntel" in (_cpuinfo("vendor_id") or platform.processor())
+
+
+def _cpu_features() -> str:
+    """The vector instruction sets that matter here, or the architecture's name."""
+    words = set(_cpuinfo("flags", "Features").split())
     known = ("sse2", "avx", "fma", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "asimd", "sve")
     return " ".join(word for word in known if word in words) or platform.machine()
 

@@ -425,7 +425,17 @@ class Model:
         self.graph.assemble_into(result.graph)
         for function in self.functions:
             function.assemble_into(result.functions.add())
+        self._let_go()
         return result
+
+    def _let_go(self) -> None:
+        """Break the circles of references, which would keep the given model in memory until the next collection."""
+        for scope in {node.scope for node in self.order} | {self.graph, *self.functions}:
+            scope.nodes.clear()
+            scope.producers.clear()
+            scope.readers.clear()
+            del scope.model
+        self.order.clear()
 
 
 def bodies(model: ModelProto) -> Iterator[GraphProto | FunctionProto]:
