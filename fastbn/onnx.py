@@ -224,16 +224,19 @@ def _serialized(model: ModelProto) -> Iterator[bytes]:
         yield tensor.SerializeToString(deterministic=True)
 
 
-def _head(message: type[ModelProto] | type[GraphProto], field: str, size: int) -> bytes:
+def _head(message: type[ModelProto | GraphProto], field: str, size: int) -> bytes:
     """Return what stands before an embedded message of ``size`` bytes: the number of its field, and its size."""
     embedded = 2  # protobuf's wire type
+    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | embedded) + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+    """Write a number in protobuf's way: seven bits a byte, the lowest first."""
     result = bytearray()
-    for number in (message.DESCRIPTOR.fields_by_name[field].number << 3 | embedded, size):
-        while number > 0x7F:
-            result.append(number & 0x7F | 0x80)
-            number >>= 7
-        result.append(number)
-    return bytes(result)
+    while number > 0x7F:
+        result.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*result, number])
 
 
 def data_path(path: Path) -> Path:
