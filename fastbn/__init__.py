@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType as _ModuleType
 
 from fastbn import functional
 from fastbn._engine import (
@@ -15,6 +15,7 @@ from fastbn._engine import (
     use_backend,
     warmup,
 )
+from fastbn._memory import get_pool_limit, release_pool, set_pool_limit
 from fastbn.folding import fold_conv, fold_into_next_conv, fold_linear, fold_scale_shift, fold_state_dict
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_forward, moments, scale_shift
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, ScaleShift
@@ -41,17 +42,20 @@ __all__ = [
     "functional",
     "get_backend",
     "get_num_threads",
+    "get_pool_limit",
     "moments",
+    "release_pool",
     "scale_shift",
     "set_backend",
     "set_num_threads",
+    "set_pool_limit",
     "show_config",
     "use_backend",
     "warmup",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> _ModuleType:
     """Reach `fastbn.onnx` without importing it first."""
     if name == "onnx":
         import fastbn.onnx as module

@@ -202,7 +202,7 @@ def cache_bytes(level: int) -> int:
 
 @functools.cache
 def _cpuinfo(*keys: str) -> str:
-    """The first line of the system's description of its CPUs that begins with one of the keys; empty if there is none."""
+    """The first line of the system's description of its CPUs that begins with one of the keys, if any."""
     try:
         with open("/proc/cpuinfo") as file:
             return next((line for line in file if line.startswith(keys)), "")

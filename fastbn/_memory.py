@@ -1,12 +1,151 @@
-"""Where outputs come from."""
+"""Where outputs come from: large ones take the memory of earlier outputs that nobody can see any more.
+
+Fresh pages are expensive: the system clears each of them, which takes longer than a training forward. So large
+outputs are views of blocks that the pool keeps, and a block is handed out again once no array, view, memoryview or
+tensor refers to it: all of these hold a reference to the block, which Python counts. Nothing else is trusted, and no
+memory is ever handed out that anyone can still reach.
+"""
 
 from __future__ import annotations
+
+import os
+import sys
+import threading
 
 import numpy as np
 
 from fastbn._arrays import Array
 
+LINE = 64  # bytes: outputs begin on a line of the cache, so that whole lines can be written past it
+SMALLEST = 1 << 20  # bytes from which an output comes from the pool; below, the allocator keeps pages by itself
+DEFAULT_LIMIT = 1 << 30
+
+_blocks: list[Array] = []  # the one that was handed out last at the end
+_lock = threading.RLock()  # a finaliser that runs meanwhile may want an output too
+_limit: int | None = None
+
 
 def empty_like(x: Array) -> Array:
-    """Uninitialised array of x's shape, dtype and memory order."""
-    return np.empty_like(x)
+    """Uninitialised array of the shape, dtype and memory order of `x`, which is dense."""
+    if x.nbytes < SMALLEST or x.nbytes > get_pool_limit():
+        return np.empty_like(x)
+    order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
+    flat = _take(x.nbytes).view(x.dtype)
+    return flat.reshape([x.shape[i] for i in order]).transpose(np.argsort(order))
+
+
+def _take(nbytes: int) -> Array:
+    """So many bytes of a block that nobody sees any more and that is not much too large, else of a new one."""
+    with _lock:
+        size = nbytes + LINE
+        for i, block in enumerate(_blocks):
+            fits = size <= block.size <= size + size // 4
+            del block
+            if fits and _unseen(i):
+                _blocks.append(_blocks.pop(i))
+                break
+        else:
+            _drop(get_pool_limit() - size)
+            _blocks.append(np.empty(size, np.uint8))
+        start = -_blocks[-1].__array_interface__["data"][0] % LINE
+        return _blocks[-1][start : start + nbytes]
+
+
+def _references(i: int) -> int:
+    return sys.getrefcount(_blocks[i])
+
+
+_blocks.append(np.empty(0, np.uint8))
+_UNSEEN = _references(0)  # what Python counts for a block that only the pool knows
+_blocks.clear()
+
+
+def _unseen(i: int) -> bool:
+    """Whether nothing but the pool refers to a block."""
+    return _references(i) == _UNSEEN
+
+
+def _drop(room: int) -> int:
+    """Forget blocks until the pool holds no more than `room` bytes: first unseen ones, whose memory is free then."""
+    held = sum(block.size for block in _blocks)
+    freed = 0
+    for unseen in (True, False):
+        i = 0
+        while held > max(room, 0) and i < len(_blocks):
+            if unseen and not _unseen(i):
+                i += 1
+                continue
+            size = _blocks.pop(i).size
+            held -= size
+            freed += size * unseen
+    return freed
+
+
+def get_pool_limit() -> int:
+    """Bytes that the pool of outputs may hold: `set_pool_limit`, else ``FASTBN_POOL_LIMIT``, else 1 GiB."""
+    global _limit
+    if _limit is None:
+        text = os.environ.get("FASTBN_POOL_LIMIT", "").strip()
+        try:
+            _limit = _checked(int(text)) if text else _default_limit()
+        except ValueError:
+            raise ValueError(f"FASTBN_POOL_LIMIT must be a number of bytes, 0 for no pool, got {text!r}") from None
+    return _limit
+
+
+def _default_limit() -> int:
+    """Without the interpreter lock reference counts cannot be read while other threads run: no pool there."""
+    return DEFAULT_LIMIT if getattr(sys, "_is_gil_enabled", lambda: True)() else 0
+
+
+def set_pool_limit(nbytes: int) -> None:
+    """Set how many bytes the pool of outputs may hold.
+
+    Outputs of 1 MiB or more are made in memory of earlier outputs that nothing refers to any more. What the pool holds
+    beyond the new limit is given back to the system at once.
+
+    Parameters
+    ----------
+    nbytes : int
+        0 switches the pool off.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `nbytes` is no integer, or negative. The setting in force stays.
+    """
+    global _limit
+    limit = _checked(nbytes)
+    with _lock:
+        _limit = limit
+        _drop(limit)
+
+
+def _checked(nbytes: int) -> int:
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int | np.integer):
+        raise TypeError(f"the pool's limit must be an integer, got {type(nbytes).__name__}")
+    if nbytes < 0:
+        raise ValueError(f"the pool's limit must not be negative, got {nbytes}")
+    return int(nbytes)
+
+
+def release_pool() -> int:
+    """Give the memory of outputs that nothing refers to any more back to the system.
+
+    Returns
+    -------
+    int
+        The number of bytes.
+    """
+    with _lock:
+        return _drop(0)
+
+
+def _after_fork_in_child() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

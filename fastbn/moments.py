@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastbn._arrays import Array, floating, view
 from fastbn._engine import kernels
-from fastbn.backends.numpy_ import merge
+from fastbn._merge import merge
 
 __all__ = ["Moments"]
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn._merge import merge
+
 Array = NDArray[Any]
 
 NAME = "numpy"
@@ -29,18 +31,6 @@ def warmup() -> None:
 def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
     """Number of uint16 words that `signs` needs: one bit a value."""
     return -(-n * c * s // 16)
-
-
-def merge(count_a: int, mean_a: Array, m2_a: Array, count_b: int, mean_b: Array, m2_b: Array) -> tuple[Array, Array]:
-    """Mean and m2 of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite."""
-    if not count_a:
-        return mean_b, m2_b
-    share = count_b / (count_a + count_b)
-    with np.errstate(all="ignore"):
-        delta = mean_b - mean_a
-        finite = np.isfinite(delta)
-        mean = np.where(finite, mean_a + delta * share, mean_a + mean_b)
-        return mean, np.where(finite, m2_a + m2_b + delta * delta * (count_a * share), np.nan)
 
 
 def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
