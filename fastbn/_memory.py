@@ -38,10 +38,8 @@ def _take(nbytes: int) -> Array:
     """So many bytes of a block that nobody sees any more and that is not much too large, else of a new one."""
     with _lock:
         size = nbytes + LINE
-        for i, block in enumerate(_blocks):
-            fits = size <= block.size <= size + size // 4
-            del block
-            if fits and _unseen(i):
+        for i in range(len(_blocks)):  # a loop over the blocks themselves would hold one of them
+            if size <= _blocks[i].size <= size + size // 4 and _unseen(i):
                 _blocks.append(_blocks.pop(i))
                 break
         else:
