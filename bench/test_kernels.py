@@ -14,7 +14,7 @@ from bench.candidates import RefusedError, candidate
 from bench.rows import COPIES, ROWS, Row
 from bench.turns import Replay, in_turn, quoted
 
-SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))  # for a row
+SECONDS = float(os.environ.get("BENCH_SECONDS", "1.5"))  # for a row
 clock = Replay()
 
 
