@@ -13,7 +13,7 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1152, AHEAD = 2048 };
+enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, AHEAD = 2048 };
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 

@@ -28,14 +28,12 @@ from fastbn._engine import cache_bytes, is_intel
 LANES = 16  # values in a vector: one AVX-512 register of float32
 BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain sums, blocks merge by Chan's formula
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
-STAGE = 1 << 10  # values that are written to the cache before they are streamed on
-STAGED = 2 * STAGE + 2 * LANES  # room of a stage: the last piece of a row takes the rest, and lies off a line's start
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
-PAGE = 2048  # bytes: the length of a run of short rows (32x2048x7x7, training: 4096 1.9 copies, 2048 1.3, 8192 2.2)
+RUN = 2048  # bytes: the length of a run of short rows (32x2048x7x7, training: 4096 1.9 copies, 2048 1.3, 8192 2.2)
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 128  # values that a folded row should have at least
-
+LONGEST_FOLD = 1024  # and at most: kernels keep one such row on the stack
 
 _NOTHING = np.empty(0)
 
@@ -64,12 +62,12 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
         return Plan(threads, True, False, 1, columns, rows, block, -(-rows // block), 0)
-    run = max(1, min(PAGE // (s * itemsize), c // (4 * threads)))
+    run = max(1, min(RUN // (s * itemsize), c // (4 * threads)))
     tasks = -(-c // run)
     busy = tasks / (-(-tasks // threads) * threads)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
     beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2
-    streaming = beyond_cache and s * itemsize >= PAGE and (threads > INTEL_THREADS or not is_intel())
+    streaming = beyond_cache and s * itemsize >= RUN and (threads > INTEL_THREADS or not is_intel())
     task = n * run * s * itemsize * reads
     ahead = run * s if task <= cache_bytes(2) // 4 else 0
     return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks, ahead)
@@ -85,7 +83,7 @@ def workspace(cut: Plan, c: int, coefficients: int, dtype: np.dtype[Any]) -> tup
 def _folded_row(pixel: int) -> int:
     """Width of a row of the column nest: whole pixels, whole vectors where that is cheap, at least `COLUMNS`."""
     vectors = pixel * LANES // gcd(pixel, LANES)
-    return pixel if vectors > 8 * COLUMNS else vectors * -(-COLUMNS // vectors)
+    return pixel if vectors > LONGEST_FOLD else vectors * -(-COLUMNS // vectors)
 
 
 def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:

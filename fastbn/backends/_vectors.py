@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-from fastbn.backends._plan import LANES, STAGED
+from fastbn.backends._plan import LANES, LONGEST_FOLD
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _ELEMENT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}
@@ -109,11 +109,11 @@ def ahead_of(typing, x, i):
 
 @intrinsic
 def scratch(typing, x):
-    """Pointer to `STAGED` values like those of `x` on the stack, on a 64-byte boundary."""
+    """Pointer to `LONGEST_FOLD` values like those of `x` on the stack, on a 64-byte boundary."""
 
     def build(context, builder, signature, args):
         with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(args[0].type.pointee, STAGED))
+            room = builder.alloca(ir.ArrayType(args[0].type.pointee, LONGEST_FOLD))
             room.align = 64
         return builder.bitcast(room, args[0].type)
 
