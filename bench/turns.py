@@ -8,11 +8,13 @@ each meets the same machine; pytest-benchmark then reads the times off a clock t
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 SAMPLE = 3e-4  # seconds: shorter calls are timed in batches that take this long
 SETTLE = 1.5e-3  # seconds of untimed calls before a sample: the last candidate's idle threads spin for about so long
@@ -21,6 +23,9 @@ MANY = 150  # rounds that are enough
 SLOW = 4.0  # a call that takes so many times the fastest one
 LONG = 5e-3  # and so many seconds is timed
 EVERY = 3  # in every third round only
+BLOCK = 0.2  # seconds of rounds that are kept or dropped together
+QUIET = 0.05  # share of the machine that other processes may have had in a block that is kept
+PATIENCE = 2.0  # times the usual time to wait for enough such blocks
 
 
 def nothing() -> None:
@@ -54,26 +59,82 @@ def quoted(samples: Sequence[float]) -> float:
     return quantiles(samples, n=5, method="inclusive")[0]
 
 
-def in_turn(candidates: dict[str, Candidate], seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, of every candidate, sampled in turn for about so long."""
+Samples = dict[str, list[float]]
+
+
+def in_turn(candidates: dict[str, Candidate], seconds: float) -> Samples:
+    """Seconds a call, of every candidate, sampled in turn for about so long.
+
+    What was sampled while other processes were busy is dropped, where enough is left.
+    """
     first = {name: _calibrate(candidate) for name, candidate in candidates.items()}
     repeat = {name: 1 if candidates[name].once else max(1, round(SAMPLE / first[name])) for name in candidates}
     settle = {name: max(1, min(20 * repeat[name], round(SETTLE / first[name]))) for name in candidates}
     slow = {name for name in candidates if first[name] > max(LONG, SLOW * min(first.values()))}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def sample_round(turn: int, samples: Samples) -> None:
+        for name, candidate in candidates.items():
+            if turn % EVERY == 0 or name not in slow:
+                samples[name].append(_sample(candidate, repeat[name], settle[name]))
+
+    blocks: list[Block] = []
+    start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
-    deadline = time.perf_counter() + seconds
-    turn = 0
     try:
-        while turn < ROUNDS or (turn < MANY and time.perf_counter() < deadline):
-            for name, candidate in candidates.items():
-                if turn % EVERY == 0 or name not in slow:
-                    samples[name].append(_sample(candidate, repeat[name], settle[name]))
-            turn += 1
+        while not _enough(blocks, time.perf_counter() - start, seconds):
+            blocks.append(_block(list(candidates), sample_round))
     finally:
         if collecting:
             gc.enable()
+    return _quietest(blocks)
+
+
+class Block(NamedTuple):
+    """A few rounds, and the share of the machine that other processes had meanwhile."""
+
+    others: float
+    rounds: int
+    samples: Samples
+
+
+def _block(names: list[str], sample_round: Callable[[int, Samples], None]) -> Block:
+    samples: Samples = {name: [] for name in names}
+    others, start = _others(), time.perf_counter()
+    turn = 0
+    while turn < EVERY or time.perf_counter() - start < BLOCK:
+        sample_round(turn, samples)
+        turn += 1
+    return Block((_others() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1), turn, samples)
+
+
+def _others() -> float:
+    """Seconds of CPU that other processes and virtual machines have had, as far as the system tells."""
+    try:
+        with Path("/proc/stat").open() as file:
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _enough(blocks: list[Block], elapsed: float, seconds: float) -> bool:
+    quiet = sum(block.rounds for block in blocks if block.others <= QUIET)
+    if quiet >= ROUNDS and (elapsed >= seconds or quiet >= MANY):
+        return True
+    return elapsed >= PATIENCE * seconds and sum(block.rounds for block in blocks) >= ROUNDS
+
+
+def _quietest(blocks: list[Block]) -> Samples:
+    """The quiet blocks' samples; where they are too few, those of the least disturbed ones too."""
+    samples: Samples = {name: [] for name in blocks[0].samples}
+    rounds = 0
+    for block in sorted(blocks, key=lambda block: block.others):
+        if block.others > QUIET and rounds >= ROUNDS:
+            break
+        rounds += block.rounds
+        for name, values in block.samples.items():
+            samples[name] += values
     return samples
 
 
