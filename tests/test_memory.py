@@ -1,131 +1,232 @@
-"""The pool of outputs: memory is used again, and never while anyone can still see it."""
+"""The pool of outputs: memory is used again once nobody can see it, never before, and within its limit."""
+
+from __future__ import annotations
 
 import ctypes
-import threading
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from subprocesses import python
 
 import fastbn
-from fastbn import _memory
 
-SHAPE = (4, 8, 128, 128)  # 2 MiB of float32
-SCALE, SHIFT = np.full(8, 2.0), np.ones(8)
+MIB = 1 << 20
+SHAPE = (16, 4, 64, 128)
+ZEROS = np.zeros(SHAPE, np.float32)  # 2 MiB
 
 
 @pytest.fixture(autouse=True)
-def _own_pool():
+def empty_pool() -> Iterator[None]:
+    """Begin with nothing in the pool, and leave its limit as it was."""
     limit = fastbn.get_pool_limit()
+    gc.collect()
     fastbn.release_pool()
     yield
     fastbn.set_pool_limit(limit)
-    fastbn.release_pool()
 
 
-def make(value=1.0):
-    return fastbn.scale_shift(np.full(SHAPE, value, np.float32), SCALE, SHIFT)
+def shifted(by: float, n: int = SHAPE[0]) -> np.ndarray:
+    """Make an output of 2 MiB that has one known value everywhere."""
+    return fastbn.scale_shift(ZEROS[:n], np.ones(4), np.full(4, by))
 
 
-def address(array):
-    return array.__array_interface__["data"][0]
+def address(a: np.ndarray) -> int:
+    return a.__array_interface__["data"][0]
 
 
-def test_memory_of_an_output_that_is_gone_is_used_again():
-    first = address(make())
-    assert address(make()) == first
+def test_memory_of_unseen_outputs_is_used_again():
+    y = shifted(1)
+    first = address(y)
+    y[:] = 3
+    del y
+    for by in (2, 3):
+        y = shifted(by)
+        assert address(y) == first
+        assert (y == by).all()
+        del y
 
 
-def test_outputs_begin_on_a_line_of_the_cache():
-    assert address(make()) % 64 == 0
+def test_layers_use_it_in_forward_and_backward():
+    bn = fastbn.BatchNorm2d(4)
+    seen = set()
+    for _ in range(5):
+        y = bn(ZEROS + 1)
+        dx = bn.backward(ZEROS)
+        seen |= {address(y), address(dx)}
+        del y, dx
+    assert len(seen) <= 2
 
 
 HOLDERS = {
     "array": lambda y: y,
-    "item": lambda y: y[1],
-    "slices": lambda y: y[1][::2].T[3:],
-    "dtype": lambda y: y.reshape(-1)[5:].view(np.uint32),
-    "memoryview": lambda y: memoryview(y)[1:],
-    "buffer": lambda y: np.frombuffer(y, np.uint8),
-    "pointer": lambda y: y.ctypes.data_as(ctypes.c_void_p),
+    "slice": lambda y: y[3:5],
+    "slice of a slice": lambda y: y[1:9][2:4, 1],
+    "one value": lambda y: y[7, 3, 9:10, 8:9],
+    "transposed": lambda y: y.T,
+    "flat": lambda y: y.reshape(-1)[-5:],
+    "other dtype": lambda y: y.view(np.uint8),
+    "structured": lambda y: y.view([("re", "f4"), ("im", "f4")])["im"],
+    "windows": lambda y: np.lib.stride_tricks.sliding_window_view(y[0, 0, 0], 4),
+    "broadcast": lambda y: np.broadcast_to(y[0, 0, 0], (3, 128)),
+    "masked": lambda y: np.ma.masked_array(y, copy=False),
+    "subclass": lambda y: y.view(np.memmap),
     "iterator": lambda y: y.flat,
-    "torch": lambda y: pytest.importorskip("torch").from_numpy(y),
-    "dlpack": lambda y: pytest.importorskip("torch").from_dlpack(y)[1:],
+    "iterator of rows": iter,
+    "memoryview": memoryview,
+    "slice of a memoryview": lambda y: memoryview(y)[2:3],
+    "memoryview of a slice": lambda y: memoryview(y[2:3]),
+    "frombuffer": lambda y: np.frombuffer(y, np.float32),
+    "array over the buffer": lambda y: np.ndarray((4,), np.float32, buffer=y),
+    "pointer": lambda y: y.ctypes.data_as(ctypes.c_void_p),
+    "DLPack": np.from_dlpack,
+    "capsule": lambda y: y.__dlpack__(),
+    "container": lambda y: [{"y": (y[0],)}],
 }
 
 
-@pytest.mark.parametrize("holder", HOLDERS)
-def test_what_anyone_sees_is_never_handed_out(holder):
-    y = make(1.0)
-    first, held = address(y), HOLDERS[holder](y)
+def assert_not_handed_out(hold) -> None:
+    y = shifted(1)
+    first, held = address(y), hold(y)
     del y
-    others = [make(5.0) for _ in range(3)]
+    others = [shifted(by) for by in (2, 3, 4)]
+    fastbn.release_pool()
+    others.append(shifted(5))
     assert first not in map(address, others)
-    del held
-    assert address(make()) == first
+    del held, others
+    fastbn.release_pool()
 
 
-def test_two_outputs_that_live_have_memory_of_their_own():
-    a, b = make(1.0), make(2.0)
-    np.testing.assert_array_equal(a, 3.0)
-    np.testing.assert_array_equal(b, 5.0)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_that_can_be_seen_is_never_handed_out(holder):
+    assert_not_handed_out(HOLDERS[holder])
 
 
-def test_the_order_of_axes_is_the_input_s():
-    x = np.ones(SHAPE, np.float32).transpose(0, 2, 3, 1)
-    y = fastbn.scale_shift(x, SCALE, SHIFT, axis=-1)
-    assert y.strides == x.strides
+def test_memory_that_pytorch_sees_is_never_handed_out(torch):
+    for hold in (torch.from_numpy, torch.from_dlpack, lambda y: torch.as_tensor(y)[2:3, 1]):
+        assert_not_handed_out(hold)
 
 
-def test_layer_s_backward_sees_the_forward_s_output_unchanged():
-    bn = fastbn.BatchNorm2d(8, activation="relu")
-    x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
-    y = bn(x)
-    before = y.copy()
-    dx = bn.backward(np.ones_like(y))
-    np.testing.assert_array_equal(y, before)
-    assert not np.shares_memory(dx, y)
+def test_memory_is_used_again_when_the_last_view_goes():
+    y = shifted(1)
+    first, held = address(y), [memoryview(y)[2:3], y[3:5].T]
+    del y
+    while held:
+        assert address(shifted(2)) != first
+        fastbn.release_pool()
+        held.pop()
+    assert address(shifted(2)) == first
 
 
-def test_limit_of_zero_switches_the_pool_off():
+def test_a_layer_s_saved_input_is_never_handed_out():
+    """The output of one layer is the input that the next one keeps for its backward."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(SHAPE, np.float32) for _ in range(2))
+    first, second = fastbn.BatchNorm2d(4), fastbn.BatchNorm2d(4)
+    second(first(x))  # nobody else holds what lies between
+    others = [shifted(by) for by in range(4)]
+    got = first.backward(second.backward(dy))
+    assert all((y == by).all() for by, y in enumerate(others))
     fastbn.set_pool_limit(0)
-    make()
+    first, second = fastbn.BatchNorm2d(4), fastbn.BatchNorm2d(4)
+    between = first(x)
+    second(between)
+    np.testing.assert_array_equal(got, first.backward(second.backward(dy)))
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("order", ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)), ids=str)
+def test_outputs_are_ordinary_arrays(order, dtype):
+    x = np.zeros((8, 16, 32, 64), dtype).transpose(order)
+    axis = order.index(1)
+    for by in (1, 2):  # of new memory, and of used memory
+        y = fastbn.scale_shift(x, np.ones(16), np.full(16, by), axis=axis)
+        assert type(y) is np.ndarray
+        assert y.shape == x.shape
+        assert y.strides == x.strides
+        assert y.dtype == dtype
+        assert y.flags.writeable
+        assert y.flags.aligned
+        assert address(y) % 64 == 0
+        assert (y == by).all()
+        del y
+
+
+def test_small_outputs_do_not_come_from_the_pool():
+    y = shifted(1, n=4)
+    del y
     assert fastbn.release_pool() == 0
 
 
-def test_pool_holds_no_more_than_its_limit():
-    fastbn.set_pool_limit(5 << 20)
-    kept = [make() for _ in range(4)]
-    assert sum(block.size for block in _memory._blocks) <= 5 << 20
+def test_release_gives_back_what_nobody_sees():
+    kept, gone = shifted(1), shifted(2)
+    del gone
+    assert ZEROS.nbytes <= fastbn.release_pool() <= ZEROS.nbytes + 4096
+    assert fastbn.release_pool() == 0
+    assert (kept == 1).all()
     del kept
-    assert fastbn.release_pool() <= 5 << 20
+    shifted(3)
 
 
-def test_release_gives_back_what_is_unseen_only():
-    y = make()
-    make()
-    assert fastbn.release_pool() >= y.nbytes
-    np.testing.assert_array_equal(y, 3.0)
+def test_limit_caps_what_is_held():
+    fastbn.set_pool_limit(5 * MIB)
+    outputs = [shifted(by) for by in range(6)]
+    for by, y in enumerate(outputs):
+        assert (y == by).all()
+    del outputs, y
+    assert fastbn.release_pool() <= 5 * MIB + 4096
+
+
+def test_lower_limit_gives_back_at_once():
+    y = [shifted(by) for by in range(4)]
+    del y
+    fastbn.set_pool_limit(3 * MIB)
+    assert fastbn.release_pool() <= 3 * MIB + 4096
+
+
+def test_no_limit_no_pool():
+    fastbn.set_pool_limit(0)
+    assert fastbn.get_pool_limit() == 0
+    y = shifted(1)
+    del y
     assert fastbn.release_pool() == 0
 
 
-@pytest.mark.parametrize("limit, error", ((-1, ValueError), (1.5, TypeError), (True, TypeError), ("1", TypeError)))
-def test_bad_limits(limit, error):
-    with pytest.raises(error, match="pool's limit"):
+def test_threads_never_get_each_other_s_memory():
+    def work(k: int) -> bool:
+        held = []
+        for i in range(30):
+            y = shifted(k + i / 32, 8)
+            held.append((k + i / 32, y[i % 8 :][:1]))
+            held = held[-3:]
+            if not all((view == by).all() for by, view in held):
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize(
+    "limit, error", ((-1, ValueError), (1.5, TypeError), ("1", TypeError), (None, TypeError), (True, TypeError))
+)
+def test_limit_out_of_range(limit, error):
+    fastbn.set_pool_limit(MIB)
+    with pytest.raises(error, match="limit") as raised:
         fastbn.set_pool_limit(limit)
+    assert (str(limit) if error is ValueError else type(limit).__name__) in str(raised.value)
+    assert fastbn.get_pool_limit() == MIB
 
 
-def test_threads_never_share_an_output():
-    wrong = []
+@pytest.mark.parametrize("text, limit", (("", 1 << 30), ("0", 0), (" 4096 ", 4096)))
+def test_limit_of_the_environment(text, limit):
+    assert int(python("import fastbn; print(fastbn.get_pool_limit())", FASTBN_POOL_LIMIT=text).stdout) == limit
 
-    def work(value):
-        for _ in range(30):
-            y = make(value)
-            if not (y == 2 * value + 1).all():
-                wrong.append(value)
 
-    threads = [threading.Thread(target=work, args=(float(k),)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+@pytest.mark.parametrize("text", ("-1", "1.5", "much"))
+def test_nonsense_in_the_environment_is_an_error(text):
+    result = python("import fastbn; fastbn.get_pool_limit()", check=False, FASTBN_POOL_LIMIT=text)
+    for word in ("ValueError", "FASTBN_POOL_LIMIT", text):
+        assert word in result.stderr

@@ -1,36 +1,47 @@
-"""Arrays far beyond the cache, where the compiled backends write their outputs past it."""
+"""Arrays far beyond the cache, and outputs that the compiled backends stream past it, whether it pays here or not."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from arrays import LAYOUTS
-from cases import HUGE, Case, Data
+from cases import HUGE, PARALLEL, Case, Data
 from conftest import CPUS
 from reference import assert_close
 from reference import batch_norm as reference
 
 import fastbn
+from fastbn.backends import _plan
+
+LONG_ROWS = tuple(case for case in PARALLEL if case.axis == 1 and np.prod(case.shape[2:]) > 1024)
 
 pytestmark = [
     pytest.mark.parametrize("backend", ("numba", "cython"), indirect=True, scope="module"),
-    pytest.mark.parametrize("case", HUGE, ids=str),
     pytest.mark.usefixtures("backend", "keep_threads"),
 ]
 
 
-@lru_cache(len(HUGE))
-def huge(case: Case) -> Data:
-    return case.make()
+@pytest.fixture
+def streaming(monkeypatch) -> Iterator[None]:
+    """Make the plan stream, as if the cache were small and the CPU one that gains by it."""
+    monkeypatch.setattr(_plan, "cache_bytes", lambda level: 1)
+    monkeypatch.setattr(_plan, "is_intel", lambda: False)
+    _plan.plan.cache_clear()
+    yield
+    _plan.plan.cache_clear()
 
 
-def everything(case: Case) -> list[np.ndarray]:
+def layer(case: Case, channels: int, **options) -> fastbn.BatchNorm2d:
+    return getattr(fastbn, case.layer)(channels, axis=case.axis, activation="relu", **options)
+
+
+def everything(case: Case, data: Data) -> list[np.ndarray]:
     """Results of every kernel: the plain ones, and those of a layer with activation and residual."""
-    x, dy, residual, weight, bias = huge(case)
+    x, dy, residual, weight, bias = data
     y, mean, invstd = fastbn.batch_norm_forward(x, weight, bias, axis=case.axis)
-    bn = fastbn.BatchNorm2d(case.channels, axis=case.axis, activation="relu")
+    bn = layer(case, case.channels)
     fused = bn(x, residual=residual)
     return [
         *(y, *fastbn.batch_norm_backward(dy, x, mean, invstd, weight, axis=case.axis)),
@@ -39,34 +50,51 @@ def everything(case: Case) -> list[np.ndarray]:
     ]
 
 
-def test_results_are_those_of_a_channel_alone_on_any_number_of_threads(case):
-    x, dy, residual, weight, bias = huge(case)
+def check_results(case: Case) -> None:
+    """They are those of a channel alone, on any number of threads."""
+    x, dy, residual, weight, bias = data = case.make()
     fastbn.set_num_threads(1)
-    results = everything(case)
+    results = everything(case, data)
     fastbn.set_num_threads(CPUS)
-    for got, want in zip(everything(case), results, strict=True):
+    for got, want in zip(everything(case, data), results, strict=True):
         np.testing.assert_array_equal(got, want)
 
     for channel in (0, case.channels // 2, case.channels - 1):
         part = slice(channel, channel + 1)
-        index = (slice(None),) * (case.axis % 4) + (part,)
+        index = (slice(None),) * (case.axis % x.ndim) + (part,)
         one = Case(x[index].shape, case.axis)
         expected = reference(one, x[index], dy[index], weight[part], bias[part])
-        y, dx, dweight, dbias, scaled, *fused = (a[index] if a.ndim == 4 else a[part] for a in results)
-        for got, want in ((y, expected.y), (dx, expected.dx), (dweight, expected.dweight), (dbias, expected.dbias)):
+        y, dx, dweight, dbias, scaled, *fused = (a[index] if a.ndim > 1 else a[part] for a in results)
+        for got, want in ((y, expected.y), (dx, expected.dx), (dbias, expected.dbias)):
             assert_close(got, want)
+        assert_close(dweight, expected.dweight, terms=results[2])
         assert_close(scaled, x[index].astype(float) * weight[part] + bias[part])
 
-        alone = fastbn.BatchNorm2d(1, axis=case.axis, activation="relu", dtype=np.float64)
+        alone = layer(case, 1, dtype=np.float64)
         z = alone(x[index].astype(float), residual=residual[index].astype(float))
         gradients = alone.backward(dy[index].astype(float))
         for got, want in zip(fused, (z, *gradients, *alone.grads.values(), alone.running_var), strict=True):
             assert_close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("case", HUGE, ids=str)
+def test_results_of_huge_arrays(case):
+    check_results(case)
+
+
+@pytest.mark.parametrize("case", LONG_ROWS, ids=str)
+@pytest.mark.usefixtures("streaming")
+def test_streamed_results(case):
+    n, c, *spatial = case.shape
+    assert _plan.plan(n, c, int(np.prod(spatial)), 4, 1, 2, CPUS).streaming
+    check_results(case)
+
+
+@pytest.mark.parametrize("case", LONG_ROWS, ids=str)
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("layout", ("8 bytes off", "unaligned"))
 def test_output_at_any_alignment(case, layout):
-    x, dy, _, weight, bias = huge(case)
+    x, dy, _, weight, bias = case.make()
     y, mean, invstd = fastbn.batch_norm_forward(x, weight, bias, axis=case.axis)
     out = LAYOUTS[layout](x)
     assert fastbn.batch_norm_forward(x, weight, bias, axis=case.axis, out=out)[0] is out
@@ -76,15 +104,17 @@ def test_output_at_any_alignment(case, layout):
     np.testing.assert_array_equal(out, dx)
 
 
+@pytest.mark.parametrize("case", LONG_ROWS, ids=str)
+@pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize("layout", ("64-byte aligned", "8 bytes off"))
 def test_in_place(case, layout):
-    x, dy, residual, weight, bias = huge(case)
+    x, dy, residual, weight, bias = case.make()
     lay = LAYOUTS[layout]
     expected = fastbn.scale_shift(x, weight, bias, axis=case.axis)
     out = lay(x)
     np.testing.assert_array_equal(fastbn.scale_shift(out, weight, bias, axis=case.axis, out=out), expected)
 
-    bn = fastbn.BatchNorm2d(case.channels, axis=case.axis, activation="relu")
+    bn = layer(case, case.channels)
     expected = bn(x, residual=residual)
     out = lay(residual)
     np.testing.assert_array_equal(bn(x, residual=out, out=out), expected)
