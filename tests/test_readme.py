@@ -1,8 +1,10 @@
-"""The README's example does what it says."""
+"""The README's example does what it says, and its tables are those of the stored results."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,3 +23,10 @@ def test_example_runs_as_printed():
     expected = (x - bn.running_mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(names["weight"], np.ones((64, 3, 3, 3)) * scale[:, None, None, None], rtol=1e-6)
+
+
+def test_folding_tables_are_those_of_the_stored_results():
+    command = [sys.executable, str(README.parent / "bench" / "folding.py"), "--tables"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    text = README.read_text(encoding="utf-8")
+    assert text.split("<!-- folding:begin -->")[1].split("<!-- folding:end -->")[0].strip() == printed
