@@ -30,6 +30,7 @@ LAYOUTS = ("oneDNN nchw", "oneDNN nhwc", "oneDNN nChw16c")
 COPIES = ("copy", "copy streaming")
 ALL = (*OURS, "numpy", "PyTorch", "JAX", *LAYOUTS)
 PEERS = ("PyTorch", "JAX", *LAYOUTS)
+DISTURBED = 0.1  # share of the machine that others had: from here on a row is said to be disturbed
 EVEN = 0.995  # a ratio that prints as 1.00 is no loss
 README_SHAPES = (
     "32x64x112x112",
@@ -62,6 +63,11 @@ class Line:
     @property
     def title(self) -> str:
         return self.shape + ("" if self.dtype == "float32" else f" {self.dtype}")
+
+    @property
+    def others(self) -> float:
+        """Share of the machine that other processes had."""
+        return max(figures.get("others", 0.0) for figures in self.figures.values())
 
     def copies(self, name: str) -> float | None:
         """How many copies of the tensor the candidate costs; the best of its layouts for plain "oneDNN"."""
@@ -143,8 +149,8 @@ def figures(stored: Stored) -> str:
     peers = {"PyTorch": "PyTorch", "JAX": "JAX", "oneDNN NCHW": "oneDNN nchw", "oneDNN best layout": "oneDNN"}
     shapes = stored.by_shape()
     rows = []
-    for title in README_SHAPES:
-        lines = [shapes[title][op] for op in OPS] if title in shapes else []
+    for title in filter(shapes.__contains__, README_SHAPES):
+        lines = [shapes[title][op] for op in OPS]
         cells = [triple(number(line.copies(name)) for line in lines) for name in OURS]
         cells += [triple(ratio(line.ratio(peer, "numba")) for line in lines) for peer in peers.values()]
         rows.append([title, *cells])
@@ -155,10 +161,7 @@ def figures(stored: Stored) -> str:
         "rounds. The last four columns say how many times faster the Numba backend is than a peer; **bold** is where "
         f"the peer is faster: {len(lost)} of all {compared} comparisons. float32, `out=` given."
     )
-    where = (
-        f"{conditions(stored)}. [All figures](bench/results/README.md): every layout, float64, fused activations, "
-        "layers, scaling, losses. `python -m bench` measures again."
-    )
+    where = f"{conditions(stored)}. [All figures, and where fastbn loses](bench/results/README.md); `python -m bench`."
     image = "![Achieved share of the copy limit](bench/results/share.png)"
     return "\n\n".join([intro, markdown(heads, rows), where, image])
 
@@ -190,6 +193,9 @@ def tables(stored: Stored) -> str:
         HOW,
         "![Achieved share of the copy limit](share.png)",
     ]
+    disturbed = [f"{line.op} {line.title}" for line in stored.lines if line.others >= DISTURBED]
+    if disturbed:
+        parts.append(f"Other processes kept the machine busy during: {', '.join(disturbed)}.")
     parts += [f"## {op.capitalize()}\n\n{_kernels(stored.table('kernels', op))}" for op in OPS]
     sections = {
         "Without `out=`": _allocating(stored.table("kernels", "train, no out")),
@@ -198,7 +204,7 @@ def tables(stored: Stored) -> str:
         "Scaling with size and threads": _scaling(stored.table("scaling")),
         "Losses": _losses(stored),
     }
-    return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items()]) + "\n"
+    return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items() if text]) + "\n"
 
 
 def _present(lines: list[Line], names: Iterable[str]) -> list[str]:
@@ -222,11 +228,15 @@ def _kernels(lines: list[Line]) -> str:
 
 
 def _allocating(lines: list[Line]) -> str:
+    if not lines:
+        return ""
     names = _present(lines, ("numba, out=", "numba", "cython, out=", "cython", "PyTorch", "JAX"))
     return markdown(["train", *names], ([line.title, *_in_copies(line, names)] for line in lines))
 
 
 def _fused(lines: list[Line]) -> str:
+    if not lines:
+        return ""
     heads = ["", "", *(f"{name}{what}" for name in OURS for what in ("", ", to unfused", ", copies more"))]
     peers = ("PyTorch", "JAX", "oneDNN")
     rows = []
@@ -243,6 +253,8 @@ def _fused(lines: list[Line]) -> str:
 
 
 def _layers(lines: list[Line]) -> str:
+    if not lines:
+        return ""
     names = _present(lines, ALL)
     heads = ["us a call", *names, *(f"{name} / PyTorch" for name in OURS)]
     rows = []
@@ -253,8 +265,10 @@ def _layers(lines: list[Line]) -> str:
 
 
 def _scaling(lines: list[Line]) -> str:
+    if not lines:
+        return ""
     threads = sorted({int(name.split(", ")[1].split()[0]) for line in lines for name in line.figures})
-    names = _present(lines, (f"{name}, {threads[0]} threads" for name in (*OURS, "PyTorch"))) if threads else []
+    names = _present(lines, (f"{name}, {threads[0]} threads" for name in (*OURS, "PyTorch")))
     names = [name.split(", ")[0] for name in names]
     heads = ["", ""]
     for name in names:
@@ -293,6 +307,7 @@ def _losses(stored: Stored) -> str:
 
 # --- picture ----------------------------------------------------------------------------------------------------------
 
+EDGE = 1.5  # what is more, in the caches of a core, stands at the edge
 MARKS = {
     "numba": ("fastbn, Numba", "o", "#c0392b"),
     "cython": ("fastbn, Cython", "D", "#e67e22"),
@@ -317,14 +332,16 @@ def picture(stored: Stored, path: Path) -> None:
         arrays = 1.5 if op == "backward" else 1.0  # bytes that must move, in copies
         for name, (label, marker, colour) in reversed(MARKS.items()):
             copies = [ops[op].copies(name) for ops in shapes.values()]
-            shares = [float("nan") if value is None else arrays / value for value in copies]
+            shares = [float("nan") if value is None else min(arrays / value, EDGE) for value in copies]
             size = 52 if name in OURS else 30
-            panel.scatter(shares, heights, size, marker=marker, c=colour, label=label, zorder=3, linewidths=0)
+            panel.scatter(
+                shares, heights, size, marker=marker, c=colour, label=label, zorder=3, linewidths=0, clip_on=False
+            )
         panel.axvline(1, color="#555555", linewidth=1, linestyle="--")
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
-        panel.set(title=op, xlabel="share of the copy limit", xlim=(0, None))
+        panel.set(title=op, xlabel="share of the copy limit", xlim=(0, EDGE))
     axes[0].set_yticks(list(heights), list(shapes))
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()

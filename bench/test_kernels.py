@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import fastbn
 from bench.candidates import RefusedError, candidate
 from bench.rows import COPIES, ROWS, Row
-from bench.turns import Replay, in_turn, quoted
+from bench.turns import Replay, Samples, in_turn, quoted
 
 SECONDS = float(os.environ.get("BENCH_SECONDS", "1.5"))  # for a row
 clock = Replay()
@@ -27,8 +27,8 @@ def _keep_settings() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def times(row: Row) -> dict[str, list[float]]:
-    """Seconds a call, of every candidate of a row that does not refuse."""
+def times(row: Row) -> tuple[Samples, float]:
+    """Seconds a call, of every candidate of a row that does not refuse; others' share of the machine."""
     ready = {}
     for name in row.candidates:
         try:
@@ -38,7 +38,7 @@ def times(row: Row) -> dict[str, list[float]]:
     return in_turn(ready, SECONDS)
 
 
-def limit(samples: dict[str, list[float]], threads: str) -> float:
+def limit(samples: Samples, threads: str) -> float:
     """Seconds of the better copy, on as many threads where the row compares threads."""
     return min(quoted(values) for name, values in samples.items() if name in {f"{copy}{threads}" for copy in COPIES})
 
@@ -46,7 +46,7 @@ def limit(samples: dict[str, list[float]], threads: str) -> float:
 @pytest.mark.parametrize("row,name", [pytest.param(r, n, id=f"{r}: {n}") for r in ROWS for n in r.candidates])
 @pytest.mark.benchmark(timer=clock.read, disable_gc=True)
 def test_time(benchmark: BenchmarkFixture, row: Row, name: str) -> None:
-    samples = times(row)
+    samples, others = times(row)
     if name not in samples:
         pytest.skip(f"{name} cannot do this")
     benchmark.group = str(row)
@@ -64,4 +64,5 @@ def test_time(benchmark: BenchmarkFixture, row: Row, name: str) -> None:
         p20_us=round(seconds * 1e6, 2),
         gb_per_s=round(row.nbytes / seconds / 1e9, 2),
         copies=round(seconds / limit(samples, threads), 3),
+        others=round(others, 3),
     )

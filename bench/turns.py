@@ -62,8 +62,8 @@ def quoted(samples: Sequence[float]) -> float:
 Samples = dict[str, list[float]]
 
 
-def in_turn(candidates: dict[str, Candidate], seconds: float) -> Samples:
-    """Seconds a call, of every candidate, sampled in turn for about so long.
+def in_turn(candidates: dict[str, Candidate], seconds: float) -> tuple[Samples, float]:
+    """Seconds a call, of every candidate, sampled in turn for about so long; and what share others had of the machine.
 
     What was sampled while other processes were busy is dropped, where enough is left.
     """
@@ -125,17 +125,18 @@ def _enough(blocks: list[Block], elapsed: float, seconds: float) -> bool:
     return elapsed >= PATIENCE * seconds and sum(block.rounds for block in blocks) >= ROUNDS
 
 
-def _quietest(blocks: list[Block]) -> Samples:
-    """The quiet blocks' samples; where they are too few, those of the least disturbed ones too."""
+def _quietest(blocks: list[Block]) -> tuple[Samples, float]:
+    """The quiet blocks' samples, or those of the least disturbed ones too where they are too few; others' share."""
     samples: Samples = {name: [] for name in blocks[0].samples}
-    rounds = 0
+    rounds, others = 0, 0.0
     for block in sorted(blocks, key=lambda block: block.others):
         if block.others > QUIET and rounds >= ROUNDS:
             break
         rounds += block.rounds
+        others = max(others, block.others)
         for name, values in block.samples.items():
             samples[name] += values
-    return samples
+    return samples, others
 
 
 def _calibrate(candidate: Candidate) -> float:

@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr long block = 1 << 14;  // bytes that one thread copies at a time
+constexpr long block = 1 << 14;   // bytes that one thread copies at a time
+constexpr long serial = 1 << 16;  // bytes that one thread copies sooner than two
 
 #if defined(__x86_64__)
 __attribute__((target("avx512f"))) void stream_block_512(const char* from, char* to) {
@@ -40,7 +41,7 @@ extern "C" {
 void set_threads(int threads) { omp_set_num_threads(threads); }
 
 void copy_plain(const char* from, char* to, long bytes) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (bytes > serial)
     for (long i = 0; i < bytes / block; i++) std::memcpy(to + i * block, from + i * block, block);
     copy_tail(from, to, bytes);
 }
@@ -49,7 +50,7 @@ void copy_plain(const char* from, char* to, long bytes) {
 void copy_stream(const char* from, char* to, long bytes) {
 #if defined(__x86_64__)
     auto stream_block = __builtin_cpu_supports("avx512f") ? stream_block_512 : stream_block_256;
-#pragma omp parallel
+#pragma omp parallel if (bytes > serial)
     {
 #pragma omp for schedule(static)
         for (long i = 0; i < bytes / block; i++) stream_block(from + i * block, to + i * block);

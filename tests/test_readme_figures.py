@@ -33,7 +33,10 @@ def test_table_shows_the_stored_numbers(report):
     }
     readme = report.README.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+(?:x\d+)+(?:-last)?) \| (.*) \|$", readme, re.MULTILINE)
-    assert [shape for shape, _ in rows] == list(report.README_SHAPES)
+    measured = {(op, shape) for op, shape, _ in copies}
+    whole = [shape for shape in report.README_SHAPES if {(op, shape) for op in report.OPS} <= measured]
+    assert [shape for shape, _ in rows] == whole
+    assert rows
     for shape, cells in rows:
         numba, cython, torch, *_ = ([float(v.strip("*")) for v in cell.split(" / ")] for cell in cells.split(" | "))
         for op, ours, others, peer in zip(("train", "eval", "backward"), numba, cython, torch, strict=True):
