@@ -54,10 +54,10 @@ point V NAME(gradient)(V dy, V x, int training, V scale, V mean, V a, V b) {
     return training ? scale * dy + (a * (x - mean) + b) : scale * dy;
 }
 
-/* Prefetch what lies AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. */
-point void NAME(far_ahead)(const REAL *x, Index i, Index length, Index stride, const REAL *end) {
-    const Index skip = AHEAD / length;
-    i += AHEAD % length;
+/* Prefetch what lies AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. The rows
+   and values that make AHEAD are divided once a block: GCC keeps a division that it need not do inside the loop. */
+point void NAME(far_ahead)(const REAL *x, Index i, Index length, Index stride, Index skip, Index rest, const REAL *end) {
+    i += rest;
     x += skip * stride + (i < length ? i : i + stride - length);
     if (x < end) prefetch(x);
 }
@@ -73,11 +73,12 @@ static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean,
     W s1 = {0}, s2 = {0};
     const Index rest = k.length % LANES, stride = job->channels * job->s;
     const REAL *limit = (const REAL *)job->x + job->n * stride;
+    const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
     const MW tail = NAME(wide_mask)(NAME(last)(rest));
     for (Index r = 0; r < k.rows; r++, x += stride) {
         for (Index i = 0; i + LANES <= k.length; i += LANES) {
-            if (far) NAME(far_ahead)(x, i, k.length, stride, limit);
+            if (far) NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
             W d = NAME(widen)(NAME(load)(x + i)) - around;
             s1 += d;
             s2 += d * d;
@@ -105,6 +106,7 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
     const M tail = NAME(last)(rest);
     const REAL *limit = (const REAL *)job->x + job->n * stride, *dy_limit = (const REAL *)job->dy + job->n * stride;
+    const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
     W dys = {0}, dots = {0};
     for (Index row = k.first; row < k.first + k.rows; row++) {
@@ -113,8 +115,8 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
         const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
         for (Index i = 0; i + LANES <= k.length; i += LANES, sign += sign != 0) {
             if (far) {
-                NAME(far_ahead)(x, i, k.length, stride, limit);
-                NAME(far_ahead)(dy, i, k.length, stride, dy_limit);
+                NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
+                NAME(far_ahead)(dy, i, k.length, stride, skip, skipped, dy_limit);
             }
             V value = NAME(load)(x + i);
             W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));

@@ -192,9 +192,11 @@ def block_of(b, n, s):
 
 
 @point
-def far_ahead(x, at, i, length, stride, limit):
-    """Prefetch what lies AHEAD values behind x[at + i] in its channel, whose rows of `length` lie `stride` apart."""
-    skip = AHEAD // length
+def far_ahead(x, at, i, length, stride, skip, limit):
+    """Prefetch what lies AHEAD values behind x[at + i] in its channel, whose rows of `length` lie `stride` apart.
+
+    `skip` is the number of whole rows in AHEAD; dividing here would be a division for every vector.
+    """
     i += AHEAD - skip * length
     at += skip * stride + (i if i < length else i + stride - length)
     if at < limit:
@@ -207,6 +209,7 @@ def block_moments(x, c, b, n, channels, s, run):
     noinline()
     first, rows, column, length = block_of(b, n, s)
     stride = channels * s
+    skip = AHEAD // length
     start = first * stride + c * s + column
     shift = np.float64(x[start])
     if not math.isfinite(shift):
@@ -219,7 +222,7 @@ def block_moments(x, c, b, n, channels, s, run):
         at = start + r * stride
         for i in range(0, length - LANES + 1, LANES):
             if run == 1:
-                far_ahead(x, at, i, length, stride, n * stride)
+                far_ahead(x, at, i, length, stride, skip, n * stride)
             d = widen(load(x, at + i)) - around
             s1 = s1 + d
             s2 = fma(d, d, s2)
@@ -240,6 +243,7 @@ def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
     noinline()
     first, rows, column, length = block_of(b, n, s)
     stride = channels * s
+    skip = AHEAD // length
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
     sum_dy, dot = splat(0.0), splat(0.0)
@@ -251,8 +255,8 @@ def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
         at = row * stride + c * s + column
         for i in range(0, length - LANES + 1, LANES):
             if run == 1:
-                far_ahead(x, at, i, length, stride, n * stride)
-                far_ahead(dy, at, i, length, stride, n * stride)
+                far_ahead(x, at, i, length, stride, skip, n * stride)
+                far_ahead(dy, at, i, length, stride, skip, n * stride)
             value = load(x, at + i)
             g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
             sum_dy = sum_dy + g
