@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +21,6 @@ ZEROS = np.zeros(SHAPE, np.float32)  # 2 MiB
 def empty_pool() -> Iterator[None]:
     """Begin with nothing in the pool, and leave its limit as it was."""
     limit = fastbn.get_pool_limit()
-    gc.collect()
     fastbn.release_pool()
     yield
     fastbn.set_pool_limit(limit)
