@@ -39,7 +39,9 @@ def keep_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def torch() -> ModuleType:
     """PyTorch, the peer that results are compared with."""
-    return pytest.importorskip("torch")
+    module = pytest.importorskip("torch")
+    module.set_num_threads(1)  # two idle thread pools that spin on the same cores hold each other up
+    return module
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
