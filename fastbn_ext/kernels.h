@@ -144,7 +144,10 @@ point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, 
     const int streaming = job->streaming && !(sign && head);
     Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
-    if (i) NAME(store)(y, NAME(output)(NAME(load)(x), residual ? NAME(load)(residual) : none, high, scale, low, slope, 0));
+    for (Index j = 0; j < i; j += LANES) {
+        V added = residual ? NAME(load)(residual + j) : none;
+        NAME(store)(y + j, NAME(output)(NAME(load)(x + j), added, high, scale, low, slope, 0));
+    }
     if (slope == 1 && !residual)
         for (; i <= end; i += LANES) {
             if (job->ahead) prefetch(x + i + job->ahead);
@@ -170,10 +173,10 @@ point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, Ind
     const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
     Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    if (i) {
-        V value = NAME(load)(x), g = NAME(gated)(NAME(load)(dy), value, high, scale, low, slope, 0);
-        NAME(store)(dx, NAME(gradient)(g, value, job->training, scale, mean, a, b));
-        if (dresidual) NAME(store)(dresidual, g);
+    for (Index j = 0; j < i; j += LANES) {
+        V value = NAME(load)(x + j), g = NAME(gated)(NAME(load)(dy + j), value, high, scale, low, slope, 0);
+        NAME(store)(dx + j, NAME(gradient)(g, value, job->training, scale, mean, a, b));
+        if (dresidual) NAME(store)(dresidual + j, g);
     }
     for (; i <= end; i += LANES, sign += sign != 0) {
         V value = NAME(load)(x + i);
