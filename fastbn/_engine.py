@@ -27,7 +27,6 @@ BACKENDS = {
 _default: Any = None
 _override: ContextVar[Any] = ContextVar("fastbn_backend", default=None)
 _num_threads = 0  # 0: not resolved yet
-_forked = False
 
 
 def kernels() -> Any:
@@ -37,7 +36,7 @@ def kernels() -> Any:
 
 def _resolve_default() -> Any:
     global _default
-    chosen = os.environ.get("FASTBN_BACKEND", "")
+    chosen = os.environ.get("FASTBN_BACKEND", "").strip()
     _default = _load(chosen, "FASTBN_BACKEND: ") if chosen else _first_available()
     return _default
 
@@ -50,7 +49,7 @@ def _load(name: str, context: str = "") -> Any:
         raise ValueError(f"{context}unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     try:
         return importlib.import_module(BACKENDS[name])
-    except ImportError as error:
+    except Exception as error:
         available = ", ".join(available_backends())
         raise RuntimeError(
             f"{context}backend {name!r} cannot be used here ({error}); available: {available}"
@@ -62,12 +61,13 @@ def _first_available() -> Any:
 
 
 @functools.cache
-def _importable(name: str) -> bool:
+def _why_not(name: str) -> str | None:
+    """Why a backend cannot be imported, None where it can be."""
     try:
         importlib.import_module(BACKENDS[name])
-    except ImportError:
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001  # a library that cannot be loaded, a setting that is not understood
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -78,7 +78,7 @@ def available_backends() -> tuple[str, ...]:
     tuple of str
         Some of ``"numba"``, ``"cython"``, ``"numpy"``; the last is always there.
     """
-    return tuple(name for name in BACKENDS if _importable(name))
+    return tuple(name for name in BACKENDS if _why_not(name) is None)
 
 
 def set_backend(name: str) -> None:
@@ -154,7 +154,8 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """Number of threads that the compiled backends use: `set_num_threads`, else ``FASTBN_NUM_THREADS``, else all CPUs.
 
-    A child process made by ``os.fork`` computes on one thread, because the OpenMP runtimes do not survive a fork.
+    A child process made by ``os.fork`` computes on one thread, whatever is set, because the OpenMP runtimes do not
+    survive a fork: they would hang it, or end it.
     """
     global _num_threads
     if _forked:
@@ -179,6 +180,26 @@ def _checked_threads(n: int, what: str) -> int:
     if not 1 <= n <= usable_cpus():
         raise ValueError(f"{what} must be from 1 to {usable_cpus()}, the number of usable CPUs; got {n}")
     return int(n)
+
+
+def _forked_from_threads() -> bool:
+    """Whether this process came by a fork, without an exec since, from one that had OpenMP threads to lose.
+
+    That is the case of a child which is the first to import fastbn. Linux tells; elsewhere nobody does.
+    """
+    try:
+        with open("/proc/self/stat") as file:
+            flags = int(file.read().rpartition(")")[2].split()[6])
+        if not flags & 0x40:  # PF_FORKNOEXEC
+            return False
+        with open("/proc/self/maps") as file:
+            libraries = file.read()
+    except (OSError, ValueError, IndexError):
+        return False
+    return any(name in libraries for name in ("libgomp", "libomp", "libiomp5"))
+
+
+_forked = _forked_from_threads()
 
 
 def _after_fork_in_child() -> None:
@@ -237,8 +258,9 @@ def show_config() -> None:
         ("CPU features", _cpu_features()),
         ("CPU caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
     ]
-    for name in available_backends():
-        rows += importlib.import_module(BACKENDS[name]).describe()
+    for name, module in BACKENDS.items():
+        missing = _why_not(name)
+        rows += [(name, f"not available: {missing}")] if missing else importlib.import_module(module).describe()
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
         print(f"{key:<{width}}  {value}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from cases import CASES, DTYPES, Case
 from conftest import CPUS
-from subprocesses import python
 
 import fastbn
 
@@ -85,18 +83,3 @@ def test_other_threads_run_meanwhile(backend):
     finally:
         done.set()
         thread.join()
-
-
-FORKED = """
-import os, sys, numpy as np, fastbn
-x = np.random.default_rng(0).standard_normal((8, 16, 55, 55), np.float32)
-expected = fastbn.batch_norm_forward(x)[0]
-if child := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-os._exit(0 if np.array_equal(fastbn.batch_norm_forward(x)[0], expected) else 1)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_computes(backend):
-    assert python(FORKED, FASTBN_BACKEND=backend).returncode == 0

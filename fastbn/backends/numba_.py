@@ -26,17 +26,21 @@ from __future__ import annotations
 import functools
 import math
 import os
-from pathlib import Path
+import sys
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import numba
 import numpy as np
 from numba import config, njit, prange, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
 from fastbn._arrays import EMPTY, NO_SIGNS, Array
-from fastbn.backends import _plan
+from fastbn.backends import _plan, _vectors
+from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._plan import BLOCK, LANES, Plan, plan, workspace
 from fastbn.backends._vectors import (
     ahead_of,
@@ -67,6 +71,11 @@ from fastbn.backends._vectors import (
 )
 
 NAME = "numba"
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels are nothing without the compiler")
+if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(",")):  # LLVM would end the process
+    raise ImportError(f"NUMBA_CPU_FEATURES must be names that begin with + or -, got {config.CPU_FEATURES!r}")
 
 # `stats`, `affine`, `coef` and `grads` are rows of one value a channel (a column, in the column nest).
 
@@ -837,6 +846,17 @@ def _update_running(running_mean, running_var, stats, count, factor):
 
 _NOTHING = np.empty(0)
 
+THREADS = {"forward": 2, "backward": 0}  # the kernels with parallel loops, and which argument says on how many threads
+_SOURCE = digest_of((sys.modules[__name__], _vectors, _plan))  # all that the kernels are compiled from
+_workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
+
+if hasattr(os, "register_at_fork"):  # a child of a thread that compiles would wait for ever for the lock
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
 
 def _argument_types(kernel: str, real: types.Type) -> tuple[types.Type, ...]:
     """Numba types of a kernel's arguments; read-only inputs take writable arrays too, with one compilation."""
@@ -865,13 +885,45 @@ def _argument_types(kernel: str, real: types.Type) -> tuple[types.Type, ...]:
 @functools.cache
 def _compiled(kernel: str, real: np.dtype[Any]) -> Any:
     """The kernel for this dtype: from the compile cache, or compiled now and put there if it can be written."""
-    function = globals()[f"_{kernel}"]
-    signature = types.void(*_argument_types(kernel, from_dtype(real)))
-    options = {"nogil": True, "error_model": "numpy", "parallel": kernel in ("forward", "backward")}
+    with global_compiler_lock:  # other threads wait for it, instead of compiling it once more
+        return _compiled_once(kernel, real)
+
+
+@functools.cache
+def _compiled_once(kernel: str, real: np.dtype[Any]) -> Any:
+    parallel = kernel in THREADS
+    function = njit(nogil=True, error_model="numpy", parallel=parallel)(globals()[f"_{kernel}"])
+    if _SOURCE is not None:
+        function._cache = Cache(f"{kernel}-{real}", _SOURCE)
     try:
-        return njit(signature, cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(signature, **options)(function)
+        function.compile(types.void(*_argument_types(kernel, from_dtype(real))))
+    except ValueError as error:
+        settings = f"NUMBA_THREADING_LAYER is {config.THREADING_LAYER!r}, NUMBA_THREADING_LAYER_PRIORITY "
+        settings += repr(" ".join(config.THREADING_LAYER_PRIORITY))
+        raise RuntimeError(f"Numba cannot prepare the kernels ({settings}): {error}") from error
+    function.disable_compile()
+    return _one_at_a_time(function, THREADS[kernel]) if parallel and _layer() == "workqueue" else function
+
+
+def _one_at_a_time(kernel: Any, position: int) -> Any:
+    """A kernel whose parallel loops wait for each other: two at once in `workqueue` end the process.
+
+    Loops of other packages on that layer cannot be held up, nor held off.
+    """
+
+    def wait(*arguments: Any) -> None:
+        with _workqueue if arguments[position] > 1 else nullcontext():
+            kernel(*arguments)
+
+    return wait
+
+
+def _layer() -> str:
+    """Numba's threading layer, once a parallel kernel has been compiled or loaded."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return "not started"
 
 
 def _cut(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan:
@@ -974,14 +1026,9 @@ def update_running(running_mean: Array, running_var: Array, stats: Array, count:
 
 def describe() -> list[tuple[str, str]]:
     """What `show_config` says about this backend."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:
-        layer = "not started"
-    folder = Path(config.CACHE_DIR or Path(__file__).with_name("__pycache__"))
-    writable = os.access(folder if folder.is_dir() else folder.parent, os.W_OK)
-    cache = str(folder) if writable else f"{folder} cannot be written; a folder of the user's or none is taken"
+    folder = writable_folder()
+    cache = str(folder) if folder else f"none, for {' and '.join(map(str, folders()))} cannot be written"
     return [
-        ("Numba", f"{numba.__version__}, threading layer: {layer}, at most {config.NUMBA_NUM_THREADS} threads"),
-        ("compile cache", cache),
+        ("Numba", f"{numba.__version__}, threading layer: {_layer()}, at most {config.NUMBA_NUM_THREADS} threads"),
+        ("compile cache", cache if _SOURCE else "none, for the kernels' code cannot be read again"),
     ]

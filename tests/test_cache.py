@@ -1,0 +1,144 @@
+"""The compile cache: what is found there is what would be compiled, whatever happened to it meanwhile."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from subprocesses import python
+
+pytest.importorskip("numba")
+
+from fastbn.backends import _cache, _plan, _vectors, numba_  # they import Numba
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Keep compiled kernels apart."""
+    monkeypatch.setattr(_cache.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def compiled() -> str:
+    """Compile the smallest kernel or load it, check what it computes, and say which it was."""
+    kernel = numba_._compiled_once.__wrapped__("update_running", np.dtype(np.float32))
+    mean, var = (np.full(3, value, np.float32) for value in (1, 4))
+    kernel(mean, var, np.full((3, 3), 3.0), 2, 0.5)
+    assert (mean == 2).all()
+    assert (var == 5).all()
+    return "loaded" if sum(kernel.stats.cache_hits.values()) else "compiled"
+
+
+def test_compiled_once_and_loaded_from_then_on(folder):
+    assert [compiled() for _ in range(3)] == ["compiled", "loaded", "loaded"]
+    (file,) = folder.iterdir()
+    assert file.name.startswith("update_running-float32-")
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut short": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "one bit flipped": lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:],
+    "garbage": lambda content: bytes(range(256)) * 9,
+    "longer": lambda content: content + b"x",
+    "of someone else": lambda content: _cache.hashlib.sha256(b"N.").digest() + b"N.",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_compiled_again(folder, damage):
+    compiled()
+    (file,) = folder.iterdir()
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    assert [compiled(), compiled()] == ["compiled", "loaded"]
+
+
+def test_a_folder_in_the_place_of_the_file(folder):
+    compiled()
+    (file,) = folder.iterdir()
+    file.unlink()
+    file.mkdir()
+    assert compiled() == "compiled"
+    assert [path.name for path in folder.iterdir()] == [file.name]
+
+
+def test_without_a_folder_it_is_compiled_each_time(folder, monkeypatch):
+    (folder / "file").touch()
+    monkeypatch.setattr(_cache.config, "CACHE_DIR", str(folder / "file" / "below"))
+    assert [compiled(), compiled()] == ["compiled", "compiled"]
+    (entry,) = (value for key, value in numba_.describe() if key == "compile cache")
+    assert entry.startswith("none")
+    assert entry.endswith("below cannot be written")
+
+
+def test_a_disk_that_is_full(folder, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    assert [compiled(), compiled()] == ["compiled", "compiled"]
+    assert not list(folder.iterdir())
+
+
+def test_old_files_go(folder, monkeypatch):
+    monkeypatch.setattr(_cache, "KEPT", 2)
+    for source in "abcd":
+        monkeypatch.setattr(numba_, "_SOURCE", source)
+        assert compiled() == "compiled"
+    assert len(list(folder.iterdir())) == 2
+    assert compiled() == "loaded"
+
+
+def test_another_cpu_compiles_its_own(folder):
+    """As on a home that machines of different kinds share."""
+    code = """
+import numpy as np
+from fastbn.backends import numba_
+kernel = numba_._compiled("update_running", np.dtype("f4"))
+print(sum(kernel.stats.cache_hits.values()))
+"""
+    old = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
+    hits = [python(code, NUMBA_CACHE_DIR=str(folder), **env).stdout.strip() for env in ({}, old, old)]
+    assert hits == ["0", "0", "1"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | None:
+    """Digest of a copy of the module whose source has been edited."""
+    source = inspect.getsource(module)
+    assert before in source
+    path = folder / "copy.py"
+    path.write_text("# a comment\n\n" + source.replace(before, after, 1))
+    spec = importlib.util.spec_from_file_location(module.__name__, path)
+    copy = ModuleType(module.__name__)
+    copy.__loader__ = spec.loader
+    return _cache.digest_of([copy])
+
+
+@pytest.mark.parametrize(
+    "module, before, after",
+    (
+        (_vectors, '"llvm.fma."', '"llvm.fmuladd."'),
+        (_plan, "LANES = 16", "LANES = 8"),
+        (numba_, "(1 - factor)", "(2 - factor)"),
+        (numba_, "def update_running", "def update"),
+    ),
+)
+def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, after):
+    assert changed(module, before, before, tmp_path) == _cache.digest_of([module])
+    assert changed(module, before, after, tmp_path) != _cache.digest_of([module])
+
+
+def test_all_that_kernels_are_made_of_is_looked_at():
+    """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
+    own = {_vectors, _plan, numba_}
+    for module in own:
+        for name, value in vars(module).items():
+            origin = inspect.getmodule(value) if callable(value) else None
+            if origin and origin.__name__.startswith("fastbn") and origin not in own:
+                assert origin is _cache or origin.__name__ == "fastbn._engine", f"{module.__name__} uses {name}"

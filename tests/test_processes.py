@@ -1,0 +1,143 @@
+"""Forked children and threads, under every threading layer: right and bitwise the same results, no hang, no abort."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from subprocesses import python
+
+# Numba's layers; which one works is decided once in a process. TBB, where it is installed, is one more.
+LAYERS = {"cython": {"FASTBN_BACKEND": "cython"}} | {
+    layer: {"FASTBN_BACKEND": "numba", "NUMBA_THREADING_LAYER": layer}
+    for layer in ("omp", "workqueue", *os.environ.get("FASTBN_TEST_LAYERS", "").split())
+}
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+STEPS = """
+import multiprocessing, os, signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+rng = np.random.default_rng(0)
+X = [rng.standard_normal((8, 16, 40 + k, 40), np.float32) for k in range(8)]
+def steps(k):
+    import fastbn
+    bn, results = fastbn.BatchNorm2d(16, activation="relu"), []
+    for _ in range(4):
+        results = [bn(X[k]), bn.backward(X[k]), bn.running_var.copy(), bn.grads["weight"]]
+    return [result.tobytes() for result in results]
+def wait(child):
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def in_child(function):
+    if child := os.fork():
+        return wait(child)
+    signal.alarm(60)
+    try:
+        function()
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+"""
+
+THREADS = """
+import fastbn
+def same():
+    assert [steps(k) for k in range(2)] == expected[:2]
+expected = [steps(k) for k in range(8)]
+with ThreadPoolExecutor(8) as pool:
+    for _ in range(3):
+        assert list(pool.map(steps, range(8))) == expected
+
+bn = fastbn.BatchNorm2d(16).eval()
+bn.running_mean[:], bn.running_var[:] = rng.standard_normal(16), rng.uniform(1, 2, 16)
+alone = [bn(x).tobytes() for x in X]
+with ThreadPoolExecutor(2) as pool:
+    assert list(pool.map(lambda k: bn(X[k % 8]).tobytes(), range(48))) == alone * 6
+"""
+
+FORKS = """
+in_child(same)
+in_child(lambda: in_child(same))
+with ThreadPoolExecutor(1) as pool:
+    pool.submit(in_child, same).result()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(steps, range(4)).get(60) == expected[:4]
+
+# Children of a program whose other threads compute at the same time.
+busy = threading.Event()
+def compute():
+    while not busy.is_set():
+        steps(0)
+thread = threading.Thread(target=compute)
+thread.start()
+for _ in range(5):
+    in_child(same)
+busy.set()
+thread.join()
+
+threads = fastbn.get_num_threads()
+fastbn.set_num_threads(1)
+same()
+fastbn.set_num_threads(threads)
+same()
+"""
+
+
+@layers
+def test_threads_and_forked_children(layer):
+    python(STEPS + THREADS + (FORKS if hasattr(os, "fork") else ""), **LAYERS[layer])
+
+
+FIRST = """
+{parent}
+def compute():
+    steps(0)
+    import fastbn
+    assert fastbn.get_num_threads() == {threads}
+in_child(compute)
+"""
+NUMBA = """
+import numba
+@numba.njit(parallel=True)
+def double(x):
+    for i in numba.prange(len(x)):
+        x[i] *= 2
+double(np.ones(100000))
+"""
+TORCH = """
+import torch
+torch.nn.BatchNorm2d(64)(torch.randn(32, 64, 56, 56))
+"""
+PARENTS = {
+    "nothing": ("", "fastbn._engine.usable_cpus()"),
+    "Numba": (NUMBA, "1"),
+    "PyTorch": (TORCH, "1"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells")
+@pytest.mark.parametrize("parent", PARENTS)
+def test_a_child_that_is_the_first_to_import_fastbn(parent):
+    """OpenMP threads that the parent had are gone, although nothing in fastbn saw it use them."""
+    code, threads = PARENTS[parent]
+    python(STEPS + FIRST.format(parent=code, threads=threads), **LAYERS["omp"])
+
+
+def test_fork_waits_for_a_thread_that_compiles():
+    """The child would find Numba's lock taken for ever."""
+    code = """
+from fastbn.backends import numba_
+compiling = threading.Event()
+def compile():
+    with numba_.global_compiler_lock:
+        compiling.set()
+        threading.Event().wait(0.3)
+thread = threading.Thread(target=compile)
+thread.start()
+compiling.wait()
+in_child(lambda: steps(0))
+thread.join()
+"""
+    python(STEPS + code, FASTBN_BACKEND="numba")
