@@ -19,6 +19,23 @@ hypothesis.settings.register_profile("fastbn", deadline=None, max_examples=60, d
 hypothesis.settings.load_profile("fastbn")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in two processes or more; chosen tests are done before those would be up."""
+    options = config.option
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ  # one of those processes
+        or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        or getattr(options, "numprocesses", 0) is not None  # the number is given, or pytest-xdist is not there
+        or options.usepdb
+        or options.collectonly
+    ):
+        return
+    options.numprocesses, options.dist = min(max(2, CPUS // 2), 8), "worksteal"
+    # OpenMP's threads wait busily, each process's for its own, on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.fixture(params=BACKENDS, scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, chosen for the test."""
