@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 from fastbn import functional
@@ -56,9 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """Reach `fastbn.onnx` without importing it first."""
-    if name == "onnx":
-        import fastbn.onnx as module
-
-        return module
+    """Reach `fastbn.onnx` and `fastbn.dask` without importing them first."""
+    if name in {"dask", "onnx"}:
+        return _import_module(f"fastbn.{name}")
     raise AttributeError(f"module 'fastbn' has no attribute {name!r}")

@@ -27,6 +27,7 @@ BACKENDS = {
 _default: Any = None
 _override: ContextVar[Any] = ContextVar("fastbn_backend", default=None)
 _num_threads = 0  # 0: not resolved yet
+_one_thread: ContextVar[bool] = ContextVar("fastbn_one_thread", default=False)
 
 
 def kernels() -> Any:
@@ -158,12 +159,22 @@ def get_num_threads() -> int:
     survive a fork: they would hang it, or end it.
     """
     global _num_threads
-    if _forked:
+    if _forked or _one_thread.get():
         return 1
     if not _num_threads:
         text = os.environ.get("FASTBN_NUM_THREADS", "").strip()
         _num_threads = _threads_from_text(text) if text else usable_cpus()
     return _num_threads
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside a ``with`` block: for tasks of an engine that runs many of them at a time."""
+    token = _one_thread.set(True)
+    try:
+        yield
+    finally:
+        _one_thread.reset(token)
 
 
 def _threads_from_text(text: str) -> int:
