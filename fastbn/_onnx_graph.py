@@ -122,6 +122,7 @@ class Scope:
         self.initializers: dict[str, TensorProto | Array] = {}  # an array is a new value
         self.overridable: set[str] = set()
         self.removed: set[str] = set()
+        self.unknown: set[str] = set()  # names that were read before anything defined them
         self.new_constants: dict[str, Array] = {}
         self._read()
 
@@ -160,6 +161,8 @@ class Scope:
             scope = self.definer(name)
             if scope is not None:
                 scope.readers[name].append(node)
+            else:
+                self._note_unknown(name)
         for attribute in node.source.attribute:
             graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
             if graphs:
@@ -174,10 +177,19 @@ class Scope:
             and all(self.is_constant(name) for name in node_names)
         )
         for name in filter(None, node.outputs):
+            if name in self.unknown or name in self.readers:
+                what = "is read before it is given" if name in self.unknown else "is given twice"
+                raise ValueError(f"this is not a valid ONNX model: {name}, an output of {node.label}, {what}")
             self.define(name, node)
             if constant:
                 self.constants.add(name)
         self.model.names.update((node.name, *node.inputs, *node.outputs))
+
+    def _note_unknown(self, name: str) -> None:
+        scope: Scope | None = self
+        while scope is not None:
+            scope.unknown.add(name)
+            scope = scope.parent
 
     def define(self, name: str, node: Node) -> None:
         """Note that ``node`` gives the value called ``name``."""
@@ -492,7 +504,8 @@ def _evaluate(node: Node, values: Mapping[str, Array]) -> dict[str, Array]:
     opset = helper.make_opsetid("", node.scope.opset)
     function = helper.make_function("fastbn", "constant", inputs, outputs, [node.source], [opset])
     try:
-        results = ReferenceEvaluator(function).run(None, {name: values[name] for name in inputs}, attributes={})
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(function).run(None, {name: values[name] for name in inputs}, attributes={})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConstantError(f"{node.op} {node.label}: {error!r}") from error
     return dict(zip(outputs, results, strict=True))

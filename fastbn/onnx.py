@@ -132,12 +132,23 @@ def fold(
     OSError
         Where the file, or one with its external data, cannot be read.
     ValueError
-        Where it holds no model, or one with an opset that is not supported (7 to the newest that onnx knows).
+        Where it holds no model, an invalid one, or one with an opset that is not supported (7 to the newest that onnx
+        knows).
     TypeError
         For any other object.
     """
     source = model if isinstance(model, ModelProto) else read(model)[0]
     _check_model(source)
+    try:
+        return _fold(source, duplicate, progress)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # A graph that breaks ONNX's rules can fail anywhere. The checker takes longer than folding: it is asked now.
+        if objection := _objection(source):
+            raise ValueError(f"this is not a valid ONNX model: {objection}") from error
+        raise
+
+
+def _fold(source: ModelProto, duplicate: bool, progress: Callable[[int, int], None] | None) -> FoldResult:
     editable = Model(source)
     norms = [node for node in editable.walk() if node.op == "BatchNormalization"]
     entries = {norm: _describe(norm) for norm in norms}
@@ -195,7 +206,7 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, external: bool = Fa
 
 def write(model: ModelProto, path: Path, *, external: bool) -> None:
     """Write a model, in place of what may be there."""
-    if not external and _size(model).bytes < LARGEST_FILE:
+    if not external and sum(tensor.ByteSize() for tensor in tensors(model)) < LARGEST_FILE:
         with path.open("wb") as file:
             file.writelines(_serialized(model))
         return
@@ -258,6 +269,15 @@ def _check_model(model: ModelProto) -> None:
     for entry in model.opset_import:
         if entry.domain in STANDARD and not FIRST_OPSET <= entry.version <= newest:
             raise ValueError(f"opset {entry.version} is not supported, only {FIRST_OPSET} to {newest}")
+
+
+def _objection(model: ModelProto) -> str:
+    """Return what onnx finds wrong with a model, in one line; nothing where it is valid."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _describe(norm: Node) -> FoldEntry:

@@ -353,6 +353,64 @@ def test_resnet_takes_two_seconds_and_three_times_its_size(tmp_path):
     assert peak - base < 3 * size
 
 
+# --- graphs that break ONNX's rules, most of them found by .ci/fuzz_onnx.py ------------------------------------------
+
+
+def edited(name, edit):
+    """Build a hand-made graph and spoil it."""
+    model = CASES[name].build()
+    edit(model.graph)
+    return model
+
+
+def conv_reads_the_norm(graph):
+    graph.node[0].input[0] = graph.node[1].output[0]
+
+
+def a_parameter_is_the_input(graph):
+    graph.node[1].input[1] = "x"
+
+
+def pads_are_a_number(graph):
+    graph.node[0].ClearField("attribute")
+    graph.node[0].attribute.append(helper.make_attribute("group", "two"))
+
+
+SPOILT = {
+    "is read before it is given": lambda graph: graph.node.append(graph.node.pop(0)),
+    "bn2_out, an output of bn2, is read before": conv_reads_the_norm,
+    "is given twice": lambda graph: graph.node.append(graph.node[1]),
+    "not a valid ONNX model: .*bn2": lambda graph: graph.node[1].ClearField("input"),
+    "not a valid ONNX model: .*group": pads_are_a_number,
+}
+
+
+@pytest.mark.parametrize("complaint", SPOILT)
+def test_a_graph_that_breaks_the_rules_is_an_error_that_says_how(complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fold(edited("conv_2d", SPOILT[complaint]))
+
+
+def test_a_parameter_that_is_an_input_stays():
+    (entry,) = fold(edited("conv_2d", a_parameter_is_the_input)).report
+    assert not entry.folded
+    assert entry.reason == "non-constant-parameter"
+
+
+def test_a_size_that_is_declared_but_not_there_makes_no_second_file(tmp_path):
+    model = CASES["conv_2d"].build()
+    model.graph.initializer.add(name="idle", data_type=TensorProto.FLOAT, dims=[2**40])
+    save(fold(model).model, tmp_path / "out.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_a_constant_that_overflows_warns_nobody():
+    g = Graph(2, 4, 9, 8)
+    weight = g.add("Mul", g.const(np.full((6, 4, 3, 3), 3e38)), g.const(3e38))
+    (entry,) = fold(g.model(g.norm(g.conv("x", 4, 6, weight=weight), 6))).report
+    assert entry.folded  # infinite before, and so it stays
+
+
 # --- exports from PyTorch --------------------------------------------------------------------------------------------
 
 
