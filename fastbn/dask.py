@@ -252,7 +252,8 @@ def _merge(parts: Any, **_: Any) -> Moments:
 
 
 def _flat(parts: Any) -> list[Moments]:
-    return list(flatten(parts, container=list)) if isinstance(parts, list) else [parts]
+    nested = (list, tuple)  # which of them depends on Dask's version
+    return list(flatten(parts, container=nested)) if isinstance(parts, nested) else [parts]
 
 
 def _join(parts: Any) -> Moments:
