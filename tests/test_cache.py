@@ -13,7 +13,7 @@ from subprocesses import python
 
 pytest.importorskip("numba")
 
-from fastbn.backends import _cache, _plan, _vectors, numba_  # they import Numba
+from fastbn.backends import _cache, _job, _plan, _vectors, numba_  # they import Numba
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | 
     "module, before, after",
     (
         (_vectors, '"llvm.fma."', '"llvm.fmuladd."'),
+        (_job, '"eps"', '"momentum"'),
         (_plan, "LANES = 16", "LANES = 8"),
         (numba_, "(1 - factor)", "(2 - factor)"),
         (numba_, "def update_running", "def update"),
@@ -136,7 +137,7 @@ def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, 
 
 def test_all_that_kernels_are_made_of_is_looked_at():
     """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
-    own = {_vectors, _plan, numba_}
+    own = {_vectors, _job, _plan, numba_}
     for module in own:
         for name, value in vars(module).items():
             origin = inspect.getmodule(value) if callable(value) else None

@@ -17,8 +17,8 @@ F. Streamed output begins with a plain vector up to the first line of the cache,
    reads and writes no longer overlap.
 G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies). While short
    rows of a task are written, those of the next are prefetched (32x1024x14x14: training 2.7 to 1.7 copies).
-H. A kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
-   compiler, one kernel serves all forward operations, and everything inside works on pointers.
+H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
+   compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
 from fastbn._arrays import EMPTY, NO_SIGNS, Array
-from fastbn.backends import _plan, _vectors
+from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
+from fastbn.backends._job import apart, copy_of, linking, make_job
 from fastbn.backends._plan import BLOCK, LANES, Plan, plan, workspace
 from fastbn.backends._vectors import (
     ahead_of,
@@ -53,7 +54,6 @@ from fastbn.backends._vectors import (
     load,
     mask_of,
     noinline,
-    pointer,
     positive,
     prefetch,
     present,
@@ -83,15 +83,15 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 HIGH, SCALE, LOW, MEAN, A, B = range(6)
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
-# What `round_all` rounds: HIGH, SCALE, LOW; these and MEAN; A, B.
-ROUND_AFFINE, ROUND_BOTH, ROUND_GRADIENT = range(3)
 
 CHUNK = 512  # columns whose sums stay in L1
+DEPTH = 8  # rows whose sums stay in registers
 GROUP = 1 << 14  # values of a task of the column nest
 AHEAD = 2048  # values by which statistics prefetch; 1024 gains less, and none is needed within the cache
 
-loop = njit(nogil=True, error_model="numpy")
-point = njit(nogil=True, error_model="numpy", forceinline=True)
+inner = functools.partial(njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+loop = inner(forceinline=False)  # said, because a function inherits the options of its first caller
+point = inner(forceinline=True)
 
 # --- channel arithmetic -------------------------------------------------------------------------------------------
 
@@ -109,33 +109,37 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @point
-def finish_statistics(c, channels, mean, m2, count, eps, stats, affine):
+def finish_statistics(job, c, mean, m2):
     """All that follows from the moments of channel c; `affine` holds weight and bias before."""
-    var = m2 / count
-    invstd = 1.0 / math.sqrt(var + eps)
+    var = m2 / (job.n * job.s)
+    invstd = 1.0 / math.sqrt(var + job.eps)
+    stats, affine, channels = job.stats, job.affine, job.channels
     stats[c], stats[channels + c], stats[2 * channels + c] = mean, var, invstd
     affine[c] = mean
     affine[channels + c] *= invstd
 
 
 @point
-def finish_gradient(c, channels, mean_rounded, sum_dy, dot, count, stats, affine, grads):
+def finish_gradient(job, c, sum_dy, dot):
     """All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, A and B.
 
     dx = SCALE * dy + A * (x - MEAN) + B
     """
-    mean, invstd, scale = stats[c], stats[2 * channels + c], affine[channels + c]
-    low = mean - mean_rounded
+    channels, count = job.channels, job.n * job.s
+    mean, invstd, scale = job.stats[c], job.stats[2 * channels + c], job.affine[channels + c]
+    low = mean - rounded(job.coef, mean)
     dot -= low * sum_dy
     a = -scale * invstd * invstd * dot / count
+    grads = job.grads
     grads[c], grads[channels + c] = dot * invstd, sum_dy
     grads[2 * channels + c], grads[3 * channels + c] = a, -scale * sum_dy / count - a * low
 
 
-@loop
-def round_affine(coef, j, width, c, channels, affine):
+@point
+def round_affine(job, j, width, c):
     """HIGH, SCALE, LOW of channel c in x's dtype (design, D), at column j."""
-    center, scale, shift = affine[c], affine[channels + c], affine[2 * channels + c]
+    affine, coef = job.affine, job.coef
+    center, scale, shift = affine[c], affine[job.channels + c], affine[2 * job.channels + c]
     high = rounded(coef, center)
     coef[HIGH * width + j] = high
     coef[SCALE * width + j] = rounded(coef, scale)
@@ -143,10 +147,11 @@ def round_affine(coef, j, width, c, channels, affine):
 
 
 @point
-def round_gradient(coef, j, width, c, channels, grads):
+def round_gradient(job, j, width, c):
     """A and B of channel c in x's dtype, at column j."""
-    coef[A * width + j] = rounded(coef, grads[2 * channels + c])
-    coef[B * width + j] = rounded(coef, grads[3 * channels + c])
+    grads, coef = job.grads, job.coef
+    coef[A * width + j] = rounded(coef, grads[2 * job.channels + c])
+    coef[B * width + j] = rounded(coef, grads[3 * job.channels + c])
 
 
 # --- points: one vector -------------------------------------------------------------------------------------------
@@ -213,13 +218,13 @@ def far_ahead(x, at, i, length, stride, skip, limit):
 
 
 @loop
-def block_moments(x, c, b, n, channels, s, run):
+def block_moments(job, c, b):
     """Count, mean and m2 of block b of channel c (design, C)."""
     noinline()
-    first, rows, column, length = block_of(b, n, s)
-    stride = channels * s
-    skip = AHEAD // length
-    start = first * stride + c * s + column
+    first, rows, column, length = block_of(b, job.n, job.s)
+    x, far, stride = job.x, job.run == 1, job.channels * job.s
+    skip, limit = AHEAD // length, job.n * stride
+    start = first * stride + c * job.s + column
     shift = np.float64(x[start])
     if not math.isfinite(shift):
         shift = np.float64(0.0)
@@ -230,8 +235,8 @@ def block_moments(x, c, b, n, channels, s, run):
     for r in range(rows):
         at = start + r * stride
         for i in range(0, length - LANES + 1, LANES):
-            if run == 1:
-                far_ahead(x, at, i, length, stride, skip, n * stride)
+            if far:
+                far_ahead(x, at, i, length, stride, skip, limit)
             d = widen(load(x, at + i)) - around
             s1 = s1 + d
             s2 = fma(d, d, s2)
@@ -247,12 +252,14 @@ def block_moments(x, c, b, n, channels, s, run):
 
 
 @loop
-def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
+def block_gradients(job, c, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
     noinline()
-    first, rows, column, length = block_of(b, n, s)
+    first, rows, column, length = block_of(b, job.n, job.s)
+    x, dy, coef, slope, signs = job.x, job.dy, job.coef, job.slope, job.signs
+    channels, s, far = job.channels, job.s, job.run == 1
     stride = channels * s
-    skip = AHEAD // length
+    skip, limit = AHEAD // length, job.n * stride
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
     sum_dy, dot = splat(0.0), splat(0.0)
@@ -263,9 +270,9 @@ def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
         word = (row * channels + c) * words + column // LANES
         at = row * stride + c * s + column
         for i in range(0, length - LANES + 1, LANES):
-            if run == 1:
-                far_ahead(x, at, i, length, stride, skip, n * stride)
-                far_ahead(dy, at, i, length, stride, skip, n * stride)
+            if far:
+                far_ahead(x, at, i, length, stride, skip, limit)
+                far_ahead(dy, at, i, length, stride, skip, limit)
             value = load(x, at + i)
             g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
             sum_dy = sum_dy + g
@@ -280,14 +287,16 @@ def block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs):
 
 
 @point
-def apply_row(x, residual, at, length, c, channels, coef, slope, y, signs, word, streaming, ahead):
+def apply_row(job, at, length, c, word):
     """Output of the `length` values of channel c from `at` on (design, E and F)."""
+    x, residual, y, coef, slope, signs = job.x, job.residual, job.y, job.coef, job.slope, job.signs
+    channels, ahead = job.channels, job.ahead
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low = splat(coef[LOW * channels + c])
     zero = like(high, 0.0)
     end = length - LANES
-    i = to_line(y, at) if streaming else 0
-    streaming = streaming and not (present(signs) and i > 0)
+    i = to_line(y, at) if job.streaming else 0
+    streaming = job.streaming and not (present(signs) and i > 0)
     i = i if streaming else 0
     last_x = load(x, at + end)
     last_added = load(residual, at + end) if present(residual) else zero
@@ -313,16 +322,17 @@ def apply_row(x, residual, at, length, c, channels, coef, slope, y, signs, word,
 
 
 @point
-def gradient_row(
-    dy, x, at, length, c, channels, coef, training, slope, dx, dresidual, signs, word, streaming, ahead
-):  # fmt: skip
+def gradient_row(job, at, length, c, word):
     """dx, and dresidual if wanted, of the `length` values of channel c from `at` on."""
+    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
+    coef, slope, signs, training = job.coef, job.slope, job.signs, job.training
+    channels, ahead = job.channels, job.ahead
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
     a, b = splat(coef[A * channels + c]), splat(coef[B * channels + c])
     end = length - LANES
-    i = to_line(dx, at) if streaming else 0
-    streaming = streaming and not (present(signs) and i > 0)
+    i = to_line(dx, at) if job.streaming else 0
+    streaming = job.streaming and not (present(signs) and i > 0)
     if present(dresidual):
         streaming = streaming and to_line(dresidual, at) == i
     i = i if streaming else 0
@@ -351,60 +361,40 @@ def gradient_row(
 
 
 @loop
-def apply_block(
-    x, residual, c0, c1, first, rows, column, length, channels, s, coef, slope, y, signs, streaming, ahead
-):  # fmt: skip
-    """Output of a block of channels c0 to c1."""
+def apply_block(job, c0, c1, first, rows, column, length, backward):
+    """Output, or dx and dresidual, of a block of channels c0 to c1."""
     noinline()
+    channels, s = job.channels, job.s
     words = (s + LANES - 1) // LANES
     for row in range(first, first + rows):
         for c in range(c0, c1):
             at = (row * channels + c) * s + column
             word = (row * channels + c) * words + column // LANES
-            apply_row(x, residual, at, length, c, channels, coef, slope, y, signs, word, streaming, ahead)
-
-
-@loop
-def gradient_block(
-    dy, x, c0, c1, first, rows, column, length, channels, s, coef, training, slope,
-    dx, dresidual, signs, streaming, ahead,
-):  # fmt: skip
-    """dx and dresidual of a block of channels c0 to c1."""
-    noinline()
-    words = (s + LANES - 1) // LANES
-    for row in range(first, first + rows):
-        for c in range(c0, c1):
-            at = (row * channels + c) * s + column
-            word = (row * channels + c) * words + column // LANES
-            gradient_row(
-                dy, x, at, length, c, channels, coef, training, slope, dx, dresidual, signs, word, streaming, ahead
-            )  # fmt: skip
+            if backward:
+                gradient_row(job, at, length, c, word)
+            else:
+                apply_row(job, at, length, c, word)
 
 
 @point
-def spread_of(run, s):
+def spread_of(job):
     """Channels of a span: as many as lie in a block's length."""
-    return 1 if s > BLOCK else max(run, BLOCK // s)
+    return 1 if job.s > BLOCK else max(job.run, BLOCK // job.s)
 
 
 @point
-def spans_of(run, channels, s):
-    """Number of spans of a row of memory."""
-    return (channels + spread_of(run, s) - 1) // spread_of(run, s)
-
-
-@point
-def span_of(t, run, n, channels, s):
+def span_of(job, t):
     """(c0, c1, first, rows, column, length) of span t of the whole tensor, in the order of memory."""
-    spans = spans_of(run, channels, s)
-    c0 = t % spans * spread_of(run, s)
-    first, rows, column, length = block_of(t // spans, n, s) if s > BLOCK else (t // spans, 1, 0, s)
-    return c0, min(c0 + spread_of(run, s), channels), first, rows, column, length
+    spread = spread_of(job)
+    spans = (job.channels + spread - 1) // spread
+    c0 = t % spans * spread
+    first, rows, column, length = block_of(t // spans, job.n, job.s) if job.s > BLOCK else (t // spans, 1, 0, job.s)
+    return c0, min(c0 + spread, job.channels), first, rows, column, length
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
-# Memory is seen as rows of `columns` values. Those that fill no row are a last one, padded with zeros by the caller;
-# its values have a part each, of count 1.
+# Memory is seen as rows of `columns` values, worked on in chunks of columns whose sums stay in L1. Those that fill no
+# row are a last one, padded with zeros; its values have a part each, of count 1.
 
 
 @point
@@ -414,35 +404,41 @@ def chunks_of(columns):
 
 
 @point
-def chunk_of(t, columns):
-    """(block, first column, width) of task t over blocks and chunks."""
-    chunks = chunks_of(columns)
+def chunk_of(job, t):
+    """(first row, last row + 1, first column, last column + 1, sums, sums) of task t over blocks and chunks."""
+    columns, chunks = job.columns, chunks_of(job.columns)
     b, q = t // chunks, t % chunks
-    return b, q * CHUNK, (CHUNK if q < chunks - 1 else columns - q * CHUNK)
+    j0 = q * CHUNK
+    part = ahead_of(job.part, 2 * b * columns)
+    end = j0 + CHUNK if q < chunks - 1 else columns
+    return b * job.block, min((b + 1) * job.block, job.rows), j0, end, part, ahead_of(part, columns)
 
 
 @loop
-def column_moments(x, t, rows, block, columns, part):
+def column_moments(job, t):
     """Mean and m2 of every column of a chunk of a block of rows (design, C), into `part` (blocks, 2, columns)."""
     noinline()
-    b, j0, width = chunk_of(t, columns)
-    first, end = b * block, min((b + 1) * block, rows)
-    s1, s2 = ahead_of(part, 2 * b * columns), ahead_of(part, (2 * b + 1) * columns)
-    for j in range(j0, j0 + width):
+    first, end, j0, j1, s1, s2 = chunk_of(job, t)
+    x, columns = job.x, job.columns
+    for j in range(j0, j1):
         s1[j] = s2[j] = 0.0
     zero = splat(0.0)
-    rest = width % LANES
-    tail = last(rest)
-    for row in range(first, end):
-        for j in range(j0, j0 + width, LANES):
-            k = min(j, j0 + width - LANES)
+    tail = last((j1 - j0) % LANES)
+    for row in range(first, end, DEPTH):
+        for j in range(j0, j1, LANES):
+            k = min(j, j1 - LANES)
             shift = widen(load(x, first * columns + k))
-            d = widen(load(x, row * columns + k)) - where(finite(shift), shift, zero)
-            if k < j:
-                d = where(tail, d, zero)
-            store(s1, k, load(s1, k) + d)
-            store(s2, k, fma(d, d, load(s2, k)))
-    for j in range(j0, j0 + width):
+            shift = where(finite(shift), shift, zero)
+            sum1, sum2 = load(s1, k), load(s2, k)
+            for r in range(row, min(row + DEPTH, end)):
+                d = widen(load(x, r * columns + k)) - shift
+                if k < j:
+                    d = where(tail, d, zero)
+                sum1 = sum1 + d
+                sum2 = fma(d, d, sum2)
+            store(s1, k, sum1)
+            store(s2, k, sum2)
+    for j in range(j0, j1):
         shift = np.float64(x[first * columns + j])
         mean = s1[j] / (end - first)
         m2 = s2[j] - s1[j] * mean
@@ -451,33 +447,38 @@ def column_moments(x, t, rows, block, columns, part):
 
 
 @loop
-def column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part):
+def column_gradients(job, t):
     """Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns)."""
     noinline()
-    b, j0, width = chunk_of(t, columns)
-    sum_dy, dot = ahead_of(part, 2 * b * columns), ahead_of(part, (2 * b + 1) * columns)
-    for j in range(j0, j0 + width):
-        sum_dy[j] = dot[j] = 0.0
+    first, end, j0, j1, s1, s2 = chunk_of(job, t)
+    x, dy, coef, slope, signs, columns = job.x, job.dy, job.coef, job.slope, job.signs, job.columns
+    for j in range(j0, j1):
+        s1[j] = s2[j] = 0.0
     words = (columns + LANES - 1) // LANES
-    tail = last(width % LANES)
-    for row in range(b * block, min((b + 1) * block, rows)):
-        for j in range(j0, j0 + width, LANES):
-            k = min(j, j0 + width - LANES)
-            value, g = load(x, row * columns + k), load(dy, row * columns + k)
+    tail = last((j1 - j0) % LANES)
+    for row in range(first, end, DEPTH):
+        for j in range(j0, j1, LANES):
+            k = min(j, j1 - LANES)
             high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
             low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
-            g = gated(g, value, high, scale, low, slope, signs, row * words + j // LANES)
-            if k < j:
-                g = where(tail, g, like(g, 0.0))
-            store(sum_dy, k, load(sum_dy, k) + widen(g))
-            store(dot, k, fma(widen(g), widen(value - mean), load(dot, k)))
+            sum_dy, dot = load(s1, k), load(s2, k)
+            for r in range(row, min(row + DEPTH, end)):
+                value = load(x, r * columns + k)
+                g = gated(load(dy, r * columns + k), value, high, scale, low, slope, signs, r * words + j // LANES)
+                if k < j:
+                    g = where(tail, g, like(g, 0.0))
+                sum_dy = sum_dy + widen(g)
+                dot = fma(widen(g), widen(value - mean), dot)
+            store(s1, k, sum_dy)
+            store(s2, k, dot)
 
 
-@loop
-def apply_columns(x, residual, at, columns, coef, slope, y, signs, word):
-    """Output of the row that begins at `at` (design, E)."""
-    noinline()
-    end = columns - LANES
+@point
+def apply_columns(job, row):
+    """Output of a row (design, E)."""
+    x, residual, y, coef, slope, signs = job.x, job.residual, job.y, job.coef, job.slope, job.signs
+    columns, streaming = job.columns, job.streaming
+    end, at, word = columns - LANES, row * columns, row * ((columns + LANES - 1) // LANES)
     zero = like(load(coef, 0), 0.0)
     last_x = load(x, at + end)
     last_added = load(residual, at + end) if present(residual) else zero
@@ -490,14 +491,16 @@ def apply_columns(x, residual, at, columns, coef, slope, y, signs, word):
                 added = load(residual, at + j)
         high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
         z = output(value, added, high, scale, load(coef, LOW * columns + k), slope, signs, word + j // LANES)
-        store(y, at + k, z)
+        put(y, at + k, z, streaming)
 
 
-@loop
-def gradient_columns(dy, x, at, columns, coef, training, slope, dx, dresidual, signs, word):
-    """dx, and dresidual if wanted, of the row that begins at `at`."""
-    noinline()
-    end = columns - LANES
+@point
+def gradient_columns(job, row):
+    """dx, and dresidual if wanted, of a row."""
+    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
+    coef, slope, signs, training = job.coef, job.slope, job.signs, job.training
+    columns, streaming = job.columns, job.streaming
+    end, at, word = columns - LANES, row * columns, row * ((columns + LANES - 1) // LANES)
     last_x, last_dy = load(x, at + end), load(dy, at + end)
     for j in range(0, columns, LANES):
         k = min(j, end)
@@ -508,9 +511,9 @@ def gradient_columns(dy, x, at, columns, coef, training, slope, dx, dresidual, s
         low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
         a, b = load(coef, A * columns + k), load(coef, B * columns + k)
         g = gated(g, value, high, scale, low, slope, signs, word + j // LANES)
-        store(dx, at + k, gradient(g, value, training, scale, mean, a, b))
+        put(dx, at + k, gradient(g, value, training, scale, mean, a, b), streaming)
         if present(dresidual):
-            store(dresidual, at + k, g)
+            put(dresidual, at + k, g, streaming)
 
 
 @point
@@ -519,109 +522,99 @@ def group_of(columns):
     return max(1, GROUP // columns)
 
 
+@loop
+def apply_group(job, t, backward):
+    """Output, or dx and dresidual, of the t-th group of rows."""
+    noinline()
+    for row in range(t * group_of(job.columns), min((t + 1) * group_of(job.columns), job.rows)):
+        if backward:
+            gradient_columns(job, row)
+        else:
+            apply_columns(job, row)
+
+
 # --- phases -------------------------------------------------------------------------------------------------------
 
 
-@loop
-def forward_task(
-    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps, slope,
-    y, signs, stats, affine, coef, part,
-):  # fmt: skip
-    """Task t of a phase of the forward kernel."""
-    noinline()
-    if phase == FUSED:
-        c0 = t * run
-        c1 = min(c0 + run, channels)
-        for c in range(c0, c1):
-            count, mean, m2 = 0, 0.0, 0.0
-            for b in range(blocks):
-                size, block_mean, block_m2 = block_moments(x, c, b, n, channels, s, run)
-                mean, m2 = merge(count, mean, m2, size, block_mean, block_m2)
-                count += size
-            finish_statistics(c, channels, mean, m2, count, eps, stats, affine)
-            round_affine(coef, c, channels, c, channels, affine)
-        for b in range(blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
-            first, height, column, length = block_of(b, n, s)
-            apply_block(
-                x, residual, c0, c1, first, height, column, length, channels, s, coef, slope, y, signs, streaming, ahead
-            )  # fmt: skip
-    elif phase == REDUCE:
-        c, b = t // blocks, t % blocks
-        _, mean, m2 = block_moments(x, c, b, n, channels, s, run)
-        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = mean, m2
-    elif phase == APPLY:
-        c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
-        apply_block(
-            x, residual, c0, c1, first, height, column, length, channels, s, coef, slope, y, signs, streaming, ahead
-        )  # fmt: skip
-    elif phase == REDUCE_COLUMNS:
-        column_moments(x, t, rows, block, columns, part)
-    else:
-        words = (columns + LANES - 1) // LANES
-        for row in range(t * group_of(columns), min((t + 1) * group_of(columns), rows)):
-            apply_columns(x, residual, row * columns, columns, coef, slope, y, signs, row * words)
-    if streaming:
-        fence()
+@point
+def fused_moments(job, c):
+    """Statistics and coefficients of channel c, all its blocks."""
+    count, mean, m2 = np.intp(0), 0.0, 0.0
+    for b in range(job.blocks):
+        size, block_mean, block_m2 = apart(block_moments, (job, c, b))
+        mean, m2 = merge(count, mean, m2, size, block_mean, block_m2)
+        count += size
+    finish_statistics(job, c, mean, m2)
+    round_affine(job, c, job.channels, c)
+
+
+@point
+def fused_gradients(job, c):
+    """Gradients of weight and bias and coefficients of channel c, all its blocks."""
+    sum_dy, dot = 0.0, 0.0
+    for b in range(job.blocks):
+        block_dy, block_dot = apart(block_gradients, (job, c, b))
+        sum_dy += block_dy
+        dot += block_dot
+    finish_gradient(job, c, sum_dy, dot)
+    round_gradient(job, c, job.channels, c)
+
+
+@point
+def can_stream(job):
+    """In place the lines are in the cache already; in the column nest rows must begin on a line."""
+    if same(job.x, job.y) or same(job.residual, job.y) or same(job.x, job.dx) or same(job.dy, job.dx):
+        return False
+    return not (job.columns and (to_line(job.y, 0) or to_line(job.dx, 0) or to_line(job.dresidual, 0)))
 
 
 @loop
-def backward_task(
-    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training, slope,
-    stats, affine, signs, dx, dresidual, grads, coef, part,
-):  # fmt: skip
-    """Task t of a phase of the backward kernel."""
+def task(job, backward, phase, t):
+    """Task t of a phase."""
     noinline()
     if phase == FUSED:
-        c0 = t * run
-        c1 = min(c0 + run, channels)
+        c0 = t * job.run
+        c1 = min(c0 + job.run, job.channels)
         for c in range(c0, c1):
-            sum_dy, dot = 0.0, 0.0
-            for b in range(blocks):
-                block_dy, block_dot = block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs)
-                sum_dy += block_dy
-                dot += block_dot
-            finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
-            round_gradient(coef, c, channels, c, channels, grads)
-        for b in range(blocks - 1, -1, -1):
-            first, height, column, length = block_of(b, n, s)
-            gradient_block(
-                dy, x, c0, c1, first, height, column, length, channels, s, coef, training, slope,
-                dx, dresidual, signs, streaming, ahead,
-            )  # fmt: skip
+            if backward:
+                fused_gradients(job, c)
+            else:
+                fused_moments(job, c)
+        for b in range(job.blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
+            first, height, column, length = block_of(b, job.n, job.s)
+            apart(apply_block, (job, c0, c1, first, height, column, length, backward))
     elif phase == REDUCE:
-        c, b = t // blocks, t % blocks
-        sum_dy, dot = block_gradients(dy, x, c, b, n, channels, s, run, coef, slope, signs)
-        part[2 * b * channels + c], part[(2 * b + 1) * channels + c] = sum_dy, dot
+        c, b = t // job.blocks, t % job.blocks
+        at = 2 * b * job.channels + c
+        if backward:
+            job.part[at], job.part[at + job.channels] = apart(block_gradients, (job, c, b))
+        else:
+            _, job.part[at], job.part[at + job.channels] = apart(block_moments, (job, c, b))
     elif phase == APPLY:
-        c0, c1, first, height, column, length = span_of(t, run, n, channels, s)
-        gradient_block(
-            dy, x, c0, c1, first, height, column, length, channels, s, coef, training, slope,
-            dx, dresidual, signs, streaming, ahead,
-        )  # fmt: skip
-    elif phase == REDUCE_COLUMNS:
-        column_gradients(dy, x, t, rows, block, columns, coef, slope, signs, part)
+        c0, c1, first, height, column, length = span_of(job, t)
+        apart(apply_block, (job, c0, c1, first, height, column, length, backward))
+    elif phase == APPLY_COLUMNS:
+        apart(apply_group, (job, t, backward))
+    elif backward:
+        apart(column_gradients, (job, t))
     else:
-        words = (columns + LANES - 1) // LANES
-        for row in range(t * group_of(columns), min((t + 1) * group_of(columns), rows)):
-            gradient_columns(
-                dy, x, row * columns, columns, coef, training, slope, dx, dresidual, signs, row * words
-            )  # fmt: skip
-    if streaming:
+        apart(column_moments, (job, t))
+    if job.streaming:
         fence()
 
 
 @point
-def tasks_of(phase, run, columns, rows, blocks, n, channels, s):
+def tasks_of(job, phase):
     """Number of independent tasks of a phase."""
-    tasks = (channels + run - 1) // run
+    tasks = (job.channels + job.run - 1) // job.run
     if phase == REDUCE:
-        tasks = blocks * channels
+        tasks = job.blocks * job.channels
     elif phase == APPLY:
-        tasks = (blocks if s > BLOCK else n) * spans_of(run, channels, s)
+        tasks = (job.blocks if job.s > BLOCK else job.n) * ((job.channels + spread_of(job) - 1) // spread_of(job))
     elif phase == REDUCE_COLUMNS:
-        tasks = blocks * chunks_of(columns)
+        tasks = job.blocks * chunks_of(job.columns)
     elif phase == APPLY_COLUMNS:
-        tasks = (rows + group_of(columns) - 1) // group_of(columns)
+        tasks = (job.rows + group_of(job.columns) - 1) // group_of(job.columns)
     return tasks
 
 
@@ -629,199 +622,154 @@ def tasks_of(phase, run, columns, rows, blocks, n, channels, s):
 
 
 @loop
-def round_all(columns, channels, s, coef, stats, affine, grads, what):
-    """Coefficients for every channel or, repeated as the channels are, every column."""
+def prepare(job, backward, phase):
+    """What comes before a phase: coefficients for every channel or, repeated as the channels are, every column."""
     noinline()
-    repeats, length = (columns // (channels * s), s) if columns else (1, 1)
-    width = repeats * channels * length
-    j = 0
-    for _ in range(repeats):
-        for c in range(channels):
-            for _ in range(length):
-                if what == ROUND_GRADIENT:
-                    round_gradient(coef, j, width, c, channels, grads)
-                else:
-                    round_affine(coef, j, width, c, channels, affine)
-                if what == ROUND_BOTH:
-                    coef[MEAN * width + j] = rounded(coef, stats[c])
-                j += 1
+    width, length = (job.columns, job.s) if job.columns else (job.channels, 1)
+    apply = phase in (APPLY, APPLY_COLUMNS)
+    c, k = np.intp(0), 0
+    for j in range(width):
+        if backward != apply:
+            round_affine(job, j, width, c)
+        if backward:
+            if apply:
+                round_gradient(job, j, width, c)
+            else:
+                job.coef[MEAN * width + j] = rounded(job.coef, job.stats[c])
+        k += 1
+        if k == length:
+            c, k = c + 1, 0
+        if c == job.channels:
+            c -= job.channels
+
+
+@point
+def size_of(job, b):
+    """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
+    if job.columns:
+        return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
+    _, height, _, length = block_of(b, job.n, job.s)
+    return height * length
 
 
 @loop
-def merge_moments(x, rows, block, columns, blocks, n, channels, s, part, stats):
-    """Mean and m2 of every channel into the first two rows of `stats`: all its parts, in order."""
+def finish(job, backward, apply):
+    """What comes after a reduction: the parts of every channel together, in order, and what follows if it is wanted."""
     noinline()
-    rest = n * channels * s - rows * columns
+    part, channels = job.part, job.channels
+    width, length = (job.columns, job.s) if job.columns else (channels, 1)
+    rest = job.n * channels * job.s - job.rows * job.columns if job.columns else 0
     for c in range(channels):
-        count, mean, m2 = 0, 0.0, 0.0
-        if not columns:
-            for b in range(blocks):
-                _, height, _, length = block_of(b, n, s)
-                at = 2 * b * channels + c
-                mean, m2 = merge(count, mean, m2, height * length, part[at], part[at + channels])
-                count += height * length
-        for begin in range(c * s, columns, channels * s):
-            for j in range(begin, begin + s):
-                for b in range(blocks):
-                    size = min(block, rows - b * block)
-                    at = 2 * b * columns + j
-                    mean, m2 = merge(count, mean, m2, size, part[at], part[at + columns])
-                    count += size
-                if j < rest:
-                    mean, m2 = merge(count, mean, m2, 1, np.float64(x[rows * columns + j]), 0.0)
-                    count += 1
-        stats[c], stats[channels + c] = mean, m2
+        count, first, second = np.intp(0), 0.0, 0.0  # mean and m2, or sums of dy and dy * (x - MEAN)
+        for begin in range(c * length, width, channels * length):
+            for j in range(begin, begin + length):
+                for b in range(job.blocks + (1 if j < rest else 0)):
+                    at = 2 * b * width + j
+                    if backward:
+                        first += part[at]
+                        second += part[at + width]
+                    else:
+                        first, second = merge(count, first, second, size_of(job, b), part[at], part[at + width])
+                        count += size_of(job, b)
+        if apply and backward:
+            finish_gradient(job, c, first, second)
+        elif apply:
+            finish_statistics(job, c, first, second)
+        elif backward:
+            mean = job.stats[c]
+            job.grads[c], job.grads[channels + c] = first, second - (mean - rounded(job.coef, mean)) * first
+        else:
+            job.stats[c], job.stats[channels + c] = first, second
 
 
 @loop
-def apply_last_row(x, residual, size, rows, columns, coef, slope, y, signs):
-    """Output of the values that fill no row: a row of their own, padded with zeros."""
+def padded(job, values, row):
+    """The values that fill no row, in a row padded with zeros; null if there are no values at all."""
     noinline()
-    begin = rows * columns
-    last_x, last_y, last_residual = scratch(coef), scratch(coef), scratch(coef)
-    for j in range(columns):
-        inside = begin + j < size
-        last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
-        last_residual[j] = residual[begin + j] if inside and present(residual) else rounded(coef, 0.0)
-    word = rows * ((columns + LANES - 1) // LANES)
-    apply_columns(last_x, last_residual, 0, columns, coef, slope, last_y, signs, word)
-    for j in range(size - begin):
-        y[begin + j] = last_y[j]
+    if not present(values):
+        return values
+    begin = job.rows * job.columns
+    for j in range(job.columns):
+        row[j] = values[begin + j] if begin + j < job.n * job.channels * job.s else rounded(job.coef, 0.0)
+    return row
 
 
 @loop
-def merge_gradients(dy, x, rows, columns, blocks, n, channels, s, slope, signs, part, stats, affine, grads, coef):
-    """`grads` of every channel: all its parts, in order; the values that fill no row are the last block."""
+def unpadded(job, row, values):
+    """Copy the values that fill no row from their padded row."""
     noinline()
-    size = n * channels * s
-    rest = size - rows * columns if columns else 0
-    if rest:
-        last_x, last_dy = scratch(coef), scratch(coef)
-        for j in range(columns):
-            inside = j < rest
-            last_x[j] = x[rows * columns + j] if inside else rounded(coef, 0.0)
-            last_dy[j] = dy[rows * columns + j] if inside else rounded(coef, 0.0)
-        last_signs = ahead_of(signs, rows * ((columns + LANES - 1) // LANES)) if present(signs) else signs
-        last_part = ahead_of(part, 2 * blocks * columns)
+    begin = job.rows * job.columns
+    for j in range(job.n * job.channels * job.s - begin if present(values) else 0):
+        values[begin + j] = row[j]
+
+
+@loop
+def last_row(job, backward, phase):
+    """A phase of the column nest for the values that fill no row: a job of one row, and its parts are the last."""
+    noinline()
+    row, columns, coef = copy_of(job), job.columns, job.coef
+    row.rows, row.block, row.streaming = 1, 1, False
+    row.part = ahead_of(job.part, 2 * job.blocks * columns)
+    row.x = padded(job, job.x, scratch(coef))
+    row.dy = padded(job, job.dy, scratch(coef))
+    if present(job.signs):
+        row.signs = ahead_of(job.signs, job.rows * ((columns + LANES - 1) // LANES))
+    if phase == APPLY_COLUMNS:
+        row.residual = padded(job, job.residual, scratch(coef))
+        row.y, row.dx = padded(job, job.y, scratch(coef)), padded(job, job.dx, scratch(coef))
+        row.dresidual = padded(job, job.dresidual, scratch(coef))
+        apart(apply_group, (row, 0, backward))
+        unpadded(job, row.y, job.y)
+        unpadded(job, row.dx, job.dx)
+        unpadded(job, row.dresidual, job.dresidual)
+    else:
         for t in range(chunks_of(columns)):
-            column_gradients(last_dy, last_x, t, 1, 1, columns, coef, slope, last_signs, last_part)
-    for c in range(channels):
-        sum_dy, dot = 0.0, 0.0
-        if not columns:
-            for b in range(blocks):
-                sum_dy += part[2 * b * channels + c]
-                dot += part[(2 * b + 1) * channels + c]
-        for begin in range(c * s, columns, channels * s):
-            for j in range(begin, begin + s):
-                for b in range(blocks + (1 if j < rest else 0)):
-                    sum_dy += part[2 * b * columns + j]
-                    dot += part[(2 * b + 1) * columns + j]
-        finish_gradient(c, channels, rounded(coef, stats[c]), sum_dy, dot, n * s, stats, affine, grads)
+            if backward:
+                apart(column_gradients, (row, t))
+            else:
+                apart(column_moments, (row, t))
 
 
-@loop
-def gradient_last_row(dy, x, size, rows, columns, coef, training, slope, dx, dresidual, signs):
-    """dx and dresidual of the values that fill no row."""
-    noinline()
-    begin = rows * columns
-    last_x, last_dy = scratch(coef), scratch(coef)
-    last_dx, last_dresidual = scratch(coef), scratch(coef)
-    for j in range(columns):
-        inside = begin + j < size
-        last_x[j] = x[begin + j] if inside else rounded(coef, 0.0)
-        last_dy[j] = dy[begin + j] if inside else rounded(coef, 0.0)
-    word = rows * ((columns + LANES - 1) // LANES)
-    gradient_columns(last_dy, last_x, 0, columns, coef, training, slope, last_dx, last_dresidual, signs, word)
-    for j in range(size - begin):
-        dx[begin + j] = last_dx[j]
-        if present(dresidual):
-            dresidual[begin + j] = last_dresidual[j]
+# --- kernel -------------------------------------------------------------------------------------------------------
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
+link = linking(task, block_moments, block_gradients, column_moments, column_gradients, apply_block, apply_group)
 
 
-def _forward(
-    reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s, eps, slope,
-    x_, residual_, y_, signs_, stats_, affine_, coef_, part_,
+def _kernel(
+    backward, reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s,
+    training, eps, slope, x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
 ):  # fmt: skip
-    """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
-    x, residual, y, signs = pointer(x_), pointer(residual_), pointer(y_), pointer(signs_)
-    stats, affine, coef, part = pointer(stats_), pointer(affine_), pointer(coef_), pointer(part_)
-    streaming = streaming and not same(x, y) and not same(residual, y)  # in place the lines are in the cache already
+    """Reduction (statistics, or sums of gradients) and output, or one of them; `affine` has weight and bias before."""
+    job = make_job((
+        n, channels, s, run, columns, rows, block, blocks, ahead, streaming, training, eps, slope,
+        x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
+    ))  # fmt: skip
+    link(job)
+    if streaming:
+        job.streaming = can_stream(job)
+    last = columns and rows * columns < n * channels * s
     fused = reduce and apply and not split
     for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
         if step == 0:
             phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
         else:
             phase = APPLY_COLUMNS if columns else APPLY
-            round_all(columns, channels, s, coef, stats, affine, affine, ROUND_AFFINE)
-        tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
+        if backward or step:
+            prepare(job, backward, phase)
+        tasks = tasks_of(job, phase)
         if threads == 1:
             for t in range(tasks):
-                forward_task(
-                    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps,
-                    slope, y, signs, stats, affine, coef, part,
-                )  # fmt: skip
+                apart(task, (job, backward, phase, t))
         else:
             before = team(threads)
             for t in prange(tasks):
-                forward_task(
-                    phase, t, run, columns, rows, block, blocks, ahead, streaming, x, residual, n, channels, s, eps,
-                    slope, y, signs, stats, affine, coef, part,
-                )  # fmt: skip
+                apart(task, (job, backward, phase, np.intp(t)))
             team(before)
+        if last:
+            last_row(job, backward, phase)
         if step == 0 and not fused:
-            merge_moments(x, rows, block, columns, blocks, n, channels, s, part, stats)
-            if apply:
-                for c in range(channels):
-                    finish_statistics(c, channels, stats[c], stats[channels + c], n * s, eps, stats, affine)
-    if apply and columns and rows * columns < n * channels * s:
-        apply_last_row(x, residual, n * channels * s, rows, columns, coef, slope, y, signs)
-
-
-def _backward(
-    threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s, training, slope,
-    dy_, x_, stats_, affine_, signs_, dx_, dresidual_, grads_, coef_, part_,
-):  # fmt: skip
-    """Sums of the gradients, then dx and dresidual, or both at once."""
-    dy, x, signs, dx, dresidual = pointer(dy_), pointer(x_), pointer(signs_), pointer(dx_), pointer(dresidual_)
-    stats, affine, grads, coef, part = (
-        pointer(stats_),
-        pointer(affine_),
-        pointer(grads_),
-        pointer(coef_),
-        pointer(part_),
-    )
-    streaming = streaming and not same(x, dx) and not same(dy, dx)
-    round_all(columns, channels, s, coef, stats, affine, grads, ROUND_BOTH)
-    for step in range(2 if split else 1):
-        if step == 0:
-            phase = FUSED if not split else (REDUCE_COLUMNS if columns else REDUCE)
-        else:
-            phase = APPLY_COLUMNS if columns else APPLY
-            round_all(columns, channels, s, coef, stats, affine, grads, ROUND_GRADIENT)
-        tasks = tasks_of(phase, run, columns, rows, blocks, n, channels, s)
-        if threads == 1:
-            for t in range(tasks):
-                backward_task(
-                    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training,
-                    slope, stats, affine, signs, dx, dresidual, grads, coef, part,
-                )  # fmt: skip
-        else:
-            before = team(threads)
-            for t in prange(tasks):
-                backward_task(
-                    phase, t, run, columns, rows, block, blocks, ahead, streaming, dy, x, n, channels, s, training,
-                    slope, stats, affine, signs, dx, dresidual, grads, coef, part,
-                )  # fmt: skip
-            team(before)
-        if step == 0 and split:
-            merge_gradients(
-                dy, x, rows, columns, blocks, n, channels, s, slope, signs, part, stats, affine, grads, coef
-            )  # fmt: skip
-    if columns and rows * columns < n * channels * s:
-        gradient_last_row(dy, x, n * channels * s, rows, columns, coef, training, slope, dx, dresidual, signs)
+            finish(job, backward, apply)
 
 
 def _fold(running_mean, running_var, weight, bias, eps, stats, affine):
@@ -846,8 +794,8 @@ def _update_running(running_mean, running_var, stats, count, factor):
 
 _NOTHING = np.empty(0)
 
-THREADS = {"forward": 2, "backward": 0}  # the kernels with parallel loops, and which argument says on how many threads
-_SOURCE = digest_of((sys.modules[__name__], _vectors, _plan))  # all that the kernels are compiled from
+THREADS = {"kernel": 3}  # the kernels with parallel loops, and which argument says on how many threads
+_SOURCE = digest_of((sys.modules[__name__], _vectors, _job, _plan))  # all that the kernels are compiled from
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
 
 if hasattr(os, "register_at_fork"):  # a child of a thread that compiles would wait for ever for the lock
@@ -865,17 +813,13 @@ def _argument_types(kernel: str, real: types.Type) -> tuple[types.Type, ...]:
         return types.Array(dtype, ndim, "C", readonly=readonly)
 
     flag, size, wide = types.boolean, types.intp, types.float64
-    given, result, signs = array(real), array(real, 1, False), types.uint16
+    given, result = array(real), array(real, 1, False)
     rows, rows_in, part = array(wide, 2, False), array(wide, 2), array(wide, 1, False)
-    cut = (size, flag, flag, size, size, size, size, size, size, size, size, size)
     return {
-        "forward": (
-            *(flag, flag, *cut, wide, wide, given, given, result),
-            *(array(signs, 1, False), rows, rows, result, part),
-        ),
-        "backward": (
-            *(*cut, flag, wide, given, given, rows_in, rows_in, array(signs), result, result),
-            *(rows, result, part),
+        "kernel": (
+            *(flag, flag, flag, size, flag, flag, *(size,) * 9, flag, wide, wide),
+            *(given, given, given, result, result, result, result, array(types.uint16, 1, False)),
+            *(rows, rows, rows, part),
         ),
         "fold": (given, given, given, given, wide, rows, rows),
         "update_running": (result, result, rows_in, size, wide),
@@ -932,7 +876,7 @@ def _cut(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan
 
 def warmup() -> None:
     """Compile every kernel, or load it from the compile cache."""
-    for kernel in ("forward", "backward", "fold", "update_running"):
+    for kernel in ("kernel", "fold", "update_running"):
         for dtype in EMPTY:
             _compiled(kernel, dtype)
 
@@ -947,8 +891,11 @@ def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
     cut = _cut(n, c, s, x.itemsize, 1, 1)._replace(split=True)
     _, part = workspace(cut, c, 0, x.dtype)
     none, stats = EMPTY[x.dtype], np.empty((2, c))
-    kernel = _compiled("forward", x.dtype)
-    kernel(True, False, *cut, n, c, s, 0.0, 1.0, x, none, none, NO_SIGNS, stats, stats, none, part)
+    kernel = _compiled("kernel", x.dtype)
+    kernel(
+        False, True, False, *cut, n, c, s, True, 0.0, 1.0, x, none, none, none, none, none, none, NO_SIGNS,
+        stats, stats, stats, part,
+    )  # fmt: skip
     mean[:], m2[:] = stats
 
 
@@ -972,8 +919,11 @@ def forward(
     coef, part = workspace(cut, c, 3, x.dtype)
     affine[1] = weight if weight.size else 1.0
     affine[2] = bias if bias.size else 0.0
-    kernel = _compiled("forward", x.dtype)
-    kernel(True, True, *cut, n, c, s, eps, slope, x, residual, y, signs, stats, affine, coef, part)
+    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
+    kernel(
+        False, True, True, *cut, n, c, s, True, eps, slope, x, residual, none, y, none, none, coef, signs,
+        stats, affine, affine, part,
+    )  # fmt: skip
 
 
 def transform(
@@ -982,8 +932,11 @@ def transform(
     """y = activation((x - center) * scale + shift + residual)."""
     cut = _cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2)
     coef, _ = workspace(cut, c, 3, x.dtype)
-    kernel = _compiled("forward", x.dtype)
-    kernel(False, True, *cut, n, c, s, 0.0, slope, x, residual, y, signs, affine, affine, coef, _NOTHING)
+    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
+    kernel(
+        False, False, True, *cut, n, c, s, True, 0.0, slope, x, residual, none, y, none, none, coef, signs,
+        affine, affine, affine, _NOTHING,
+    )  # fmt: skip
 
 
 def backward(
@@ -1006,8 +959,11 @@ def backward(
     cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
     coef, part = workspace(cut, c, 6, x.dtype)
     grads = np.empty((4, c))
-    kernel = _compiled("backward", x.dtype)
-    kernel(*cut, n, c, s, training, slope, dy, x, stats, affine, signs, dx, dresidual, grads, coef, part)
+    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
+    kernel(
+        True, True, True, *cut, n, c, s, training, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs,
+        stats, affine, grads, part,
+    )  # fmt: skip
     dweight[:] = grads[0]
     dbias[:] = grads[1]
 
