@@ -1,0 +1,147 @@
+"""Whether the tests notice when a key line of the kernels is wrong: each line below is spoilt, and some test must fail.
+
+    python .ci/mutations.py [PART ...]      a PART of a file's name or of a reason chooses; without any, all are done
+
+A mutation is a piece of text that stands in its file once, what it becomes, and what breaks with it. Ends with status 1
+where a mutation survives, or where its text is no longer found: then the table is to be brought up to date. Needs gcc,
+Cython and the test group; takes about ten minutes, most of it for Numba's compiler.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from copies import build_extension, copy_tree
+
+NUMBA, C, COMMON = "fastbn/backends/numba_.py", "fastbn_ext/kernels.h", "fastbn_ext/common.h"
+NUMPY, MERGE = "fastbn/backends/numpy_.py", "fastbn/_merge.py"
+
+FORWARD = ("tests/test_precision.py", "tests/test_moments.py", "tests/test_functional.py")
+BACKWARD = ("tests/test_functional.py", "tests/test_layers.py", "tests/test_precision.py")
+FUSED = ("tests/test_fused.py",)
+
+
+class Mutation(NamedTuple):
+    """What to spoil, and the tests that must notice."""
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(NUMBA, "delta * delta * (count_a * share)", "delta * delta * count_a", "Chan's merge of m2", FORWARD),
+    Mutation(NUMBA, "m2 = total(s2) - sum1 * mean", "m2 = total(s2)", "m2 about the mean, not the shift", FORWARD),
+    Mutation(
+        NUMBA,
+        "rounded(coef, shift - (center - high) * scale)",
+        "rounded(coef, shift)",
+        "what rounding the mean to float32 leaves over",
+        FORWARD,
+    ),
+    Mutation(NUMBA, "dot -= low * sum_dy", "pass", "what rounding the mean leaves over, in the gradient", BACKWARD),
+    Mutation(
+        NUMBA,
+        "like(z, 0.0) if slope == 0.0 else z * like(z, slope)",
+        "z * like(z, slope)",
+        "ReLU of minus infinity is 0, not NaN",
+        FUSED,
+    ),
+    Mutation(COMMON, "delta * delta * (a->count * share)", "delta * delta * a->count", "Chan's merge of m2", FORWARD),
+    Mutation(
+        COMMON,
+        "isfinite(delta) ? a->mean + delta * share : a->mean + b.mean",
+        "a->mean + delta * share",
+        "an infinite mean is no NaN",
+        FORWARD,
+    ),
+    Mutation(COMMON, "dot -= low * sum_dy;", "", "what rounding the mean leaves over, in the gradient", BACKWARD),
+    Mutation(C, "isfinite(x[0]) ? x[0] : 0", "0", "a shift near the mean: no cancellation", FORWARD),
+    Mutation(
+        C,
+        "slope == 0 ? (V){0} : (V)(z * slope)",
+        "(V)(z * slope)",
+        "ReLU of minus infinity is 0, not NaN",
+        FUSED,
+    ),
+    Mutation(C, "(V)((M)gate & tail)", "gate", "a row's last vector overlaps the one before", BACKWARD),
+    Mutation(
+        C,
+        "(REAL)(shift - (center - high) * scale)",
+        "(REAL)shift",
+        "what rounding the mean to float32 leaves over",
+        FORWARD,
+    ),
+    Mutation(NUMPY, "np.where((block == block[:1, :, :1])", "np.where((block != block)", "constant channels", FORWARD),
+    Mutation(NUMPY, "(count / (count - 1)) * stats[1]", "stats[1]", "running variance is unbiased", BACKWARD),
+    Mutation(NUMPY, "(dot * invstd**2 / (n * s))", "(dot * invstd / (n * s))", "the gradient of variance", BACKWARD),
+    Mutation(NUMPY, "positive = ~(z <= 0)", "positive = z > 0", "an activation lets NaN through", FUSED),
+    Mutation(MERGE, "(count_a * share)", "count_a", "Chan's merge of m2", ("tests/test_moments.py",)),
+    Mutation(
+        MERGE,
+        "np.where(finite, mean_a + delta * share, mean_a + mean_b)",
+        "mean_a + delta * share",
+        "an infinite mean is no NaN",
+        ("tests/test_moments.py",),
+    ),
+)
+
+
+def tests_fail(tree: Path, file: str, tests: tuple[str, ...]) -> bool:
+    """Run tests on the backend that a file belongs to."""
+    backend = {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy"}[file]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", backend, *tests]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if run.returncode > 1:  # 1 says that tests failed, any other number that there were none to run
+        raise RuntimeError(f"the tests cannot be run: {run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def survives(mutation: Mutation, tree: Path) -> bool:
+    """Spoil a line in the copy, run the tests, and put the line back."""
+    path = tree / mutation.file
+    text = path.read_text(encoding="utf-8")
+    found = text.count(mutation.old)
+    if found != 1:
+        raise LookupError(f"{mutation.file} has {mutation.old!r} {found} times: bring the table up to date")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        if path.suffix == ".h":
+            build_extension(tree / "fastbn_ext", "-O1", "-w")
+        return not tests_fail(tree, mutation.file, mutation.tests)
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Try every mutation that is chosen."""
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m.file + m.breaks for part in sys.argv[1:])]
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="fastbn-mutations-") as name:
+        tree = Path(name)
+        copy_tree(tree)
+        build_extension(tree / "fastbn_ext", "-O1", "-w")
+        for file, tests in sorted({(mutation.file, mutation.tests) for mutation in chosen}):
+            if tests_fail(tree, file, tests):
+                sys.exit(f"{' '.join(tests)} fail for {file} as it is: nothing can be said")
+        for mutation in chosen:
+            start = time.perf_counter()
+            try:
+                verdict = "SURVIVED" if survives(mutation, tree) else "caught"
+            except LookupError as error:
+                verdict = f"NOT TRIED, {error}"
+            seconds = time.perf_counter() - start
+            print(f"{verdict:8}  {seconds:4.0f} s  {mutation.file}: {mutation.breaks}", flush=True)
+            if verdict != "caught":
+                survivors.append(mutation)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
