@@ -36,6 +36,8 @@ def forward(
     itemsize: int,
 ) -> None: ...
 def backward(
+    reduce: bool,
+    apply: bool,
     threads: int,
     split: bool,
     streaming: bool,

@@ -135,11 +135,14 @@ def forward(
 
 
 def backward(
-    int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t blocks, Py_ssize_t ahead,
+    bint reduce, bint apply, int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t blocks, Py_ssize_t ahead,
     Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, bint training, double slope,
     dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, int itemsize,
 ):
-    """Sums of the gradients, then dx and dresidual, or both at once."""
+    """Sums of the gradients (reduce), then dx and dresidual (apply), or both at once.
+
+    Sums alone become the first two rows of `grads`; the output alone takes A and B from the last two.
+    """
     cdef Job job
     job.n, job.channels, job.s = n, channels, s
     job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
@@ -151,11 +154,15 @@ def backward(
     job.coef, job.part = data(coef), <double *>data(part)
     cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
     with nogil:
-        if split:
-            run_phase(kernels, &job, True, REDUCE_COLUMNS if columns else REDUCE, threads)
-            run_phase(kernels, &job, True, APPLY_COLUMNS if columns else APPLY, threads)
-        else:
+        if reduce and apply and not split:
             run_phase(kernels, &job, True, FUSED, threads)
+        else:
+            if reduce:
+                run_phase(kernels, &job, True, REDUCE_COLUMNS if columns else REDUCE, threads)
+            else:
+                kernels.prepare(&job, True, REDUCE)
+            if apply:
+                run_phase(kernels, &job, True, APPLY_COLUMNS if columns else APPLY, threads)
 
 
 cdef inline double get(const void *values, Py_ssize_t c, int itemsize) noexcept nogil:

@@ -449,7 +449,8 @@ static void NAME(gradient_last_row)(const Job *job) {
     NAME(unpad)(job, dresidual, job->dresidual);
 }
 
-/* `grads` of every channel: all its parts, in order; the values that fill no row are the last block. */
+/* Both sums of every channel into the first two rows of `grads`: all its parts, in order. The values that fill no row
+   are the last block. */
 static void NAME(merge_gradients)(const Job *job) {
     const Index columns = job->columns, pixel = job->channels * job->s;
     const Index rest = columns ? job->n * pixel - job->rows * columns : 0;
@@ -476,7 +477,8 @@ static void NAME(merge_gradients)(const Job *job) {
                     sum_dy += part[0];
                     dot += part[columns];
                 }
-        finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
+        job->grads[c] = sum_dy;
+        job->grads[job->channels + c] = dot;
     }
 }
 
@@ -502,6 +504,12 @@ static void NAME(finish)(const Job *job, int backward, int phase) {
     if (reduce && !backward && job->affine)
         for (Index c = 0; c < job->channels; c++)
             finish_statistics(job, c, (Moments){job->n * job->s, job->stats[c], job->stats[job->channels + c]});
+    if (reduce && backward)
+        for (Index c = 0; c < job->channels; c++) {
+            double *sum_dy = job->grads + c, *dot = sum_dy + job->channels, mean = job->stats[c];
+            if (job->dx) finish_gradient(job, c, (REAL)mean, *sum_dy, *dot);
+            else *dot -= (mean - (REAL)mean) * *sum_dy;
+        }
     if (phase == APPLY_COLUMNS && job->rows * job->columns < job->n * job->channels * job->s)
         (backward ? NAME(gradient_last_row) : NAME(apply_last_row))(job);
 }

@@ -12,6 +12,8 @@ from conftest import CPUS
 from reference import assert_close, numerical_gradient
 
 import fastbn
+from fastbn import _engine
+from fastbn._channels import finish_gradient, finish_statistics
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -98,6 +100,50 @@ def test_backward_is_the_numerical_gradient(case, mode, activation):
     _, dx, dresidual, dweight, dbias = run(bn, x, dy, residual)
     for got, variable in ((dx, x), (dresidual, residual), (dweight, bn.weight), (dbias, bn.bias)):
         assert_close(got, numerical_gradient(loss, variable, step=1e-5), 1e-7)
+
+
+@pytest.mark.parametrize("with_residual", (False, True), ids=("", "residual"))
+@pytest.mark.parametrize("activation", (None, "relu"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_sums_and_output_apart_are_both_at_once(backend, case, dtype, activation, with_residual):
+    """To the bit, where no C compiler fuses operations of the channel arithmetic, and no oracle writes it otherwise."""
+    x, dy, residual, *_ = case.make(dtype, mean=50)
+    residual = residual if with_residual else None
+    bn = make(case, dtype, activation=activation)
+    y = bn(x, residual=residual)
+    saved = bn._saved
+    dx, dresidual = (bn.backward(dy), None) if residual is None else bn.backward(dy)
+
+    (_, flat_x, *sizes), slope, kernels = saved.x, saved.slope, _engine.kernels()
+    mean, m2 = np.empty((2, case.channels))
+    kernels.moments(flat_x, *sizes, mean, m2)
+    stats, affine = finish_statistics(case.count, mean, m2, bn.weight, bn.bias, bn.eps)
+    empty = np.empty(0, dtype)
+    flat_residual = empty if residual is None else residual.reshape(-1)
+    again, signs = np.empty_like(flat_x), np.empty_like(saved.signs)
+    kernels.transform(flat_x, flat_residual, affine, slope, *sizes, again, signs)
+
+    sums, again_dx = np.empty((2, case.channels)), np.empty_like(flat_x)
+    again_dresidual = empty if residual is None else np.empty_like(flat_x)
+    kernels.gradient_sums(dy.reshape(-1), flat_x, stats, affine, slope, signs, *sizes, sums)
+    grads = finish_gradient(sums, case.count, stats, affine, flat_x.dtype)
+    kernels.gradient_apply(
+        dy.reshape(-1), flat_x, stats, affine, slope, signs, *sizes, again_dx, again_dresidual, grads
+    )
+    pairs = [
+        (stats, saved.stats),
+        (affine, saved.affine),
+        (again, y),
+        (again_dx, dx),
+        *zip(grads[:2], bn.grads.values(), strict=True),
+    ]
+    pairs += [] if residual is None else [(again_dresidual, dresidual)]
+    for got, want in pairs:
+        if backend == "numba":
+            np.testing.assert_array_equal(got.astype(want.dtype), want.reshape(got.shape))
+        else:
+            assert_close(got.astype(want.dtype), want.reshape(got.shape))
 
 
 @pytest.mark.parametrize("mode", MODES)

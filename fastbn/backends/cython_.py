@@ -101,10 +101,47 @@ def backward(
     coef, part = workspace(cut, c, 6, x.dtype)
     grads = np.empty((4, c))
     _kernels.backward(
-        *cut, n, c, s, training, slope, dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, x.itemsize
+        *(True, True, *cut, n, c, s, training, slope),
+        *(dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, x.itemsize),
     )
     dweight[:] = grads[0]
     dbias[:] = grads[1]
+
+
+def gradient_sums(
+    dy: Array, x: Array, stats: Array, affine: Array, slope: float, signs: Array, n: int, c: int, s: int, sums: Array
+) -> None:
+    """Sums of dy behind the activation, and of it times x - mean."""
+    cut = _cut(n, c, s, x.itemsize, 2, 2)._replace(split=True)
+    coef, part = workspace(cut, c, 6, x.dtype)
+    none = EMPTY[x.dtype]
+    _kernels.backward(
+        *(True, False, *cut, n, c, s, True, slope),
+        *(dy, x, stats, affine, signs, none, none, sums, coef, part, x.itemsize),
+    )
+
+
+def gradient_apply(
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    slope: float,
+    signs: Array,
+    n: int,
+    c: int,
+    s: int,
+    dx: Array,
+    dresidual: Array,
+    grads: Array,
+) -> None:
+    """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
+    cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
+    coef, _ = workspace(cut, c, 6, x.dtype)
+    _kernels.backward(
+        *(False, True, *cut, n, c, s, True, slope),
+        *(dy, x, stats, affine, signs, dx, dresidual, grads, coef, _NOTHING, x.itemsize),
+    )
 
 
 def fold(

@@ -740,7 +740,10 @@ def _kernel(
     backward, reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s,
     training, eps, slope, x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
 ):  # fmt: skip
-    """Reduction (statistics, or sums of gradients) and output, or one of them; `affine` has weight and bias before."""
+    """Reduction (statistics, or sums of gradients) and output, or one of them; `affine` has weight and bias before.
+
+    Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two.
+    """
     job = make_job((
         n, channels, s, run, columns, rows, block, blocks, ahead, streaming, training, eps, slope,
         x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
@@ -749,6 +752,8 @@ def _kernel(
     if streaming:
         job.streaming = can_stream(job)
     last = columns and rows * columns < n * channels * s
+    if backward and not reduce:
+        prepare(job, backward, REDUCE)  # for the output too
     fused = reduce and apply and not split
     for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
         if step == 0:
@@ -966,6 +971,43 @@ def backward(
     )  # fmt: skip
     dweight[:] = grads[0]
     dbias[:] = grads[1]
+
+
+def gradient_sums(
+    dy: Array, x: Array, stats: Array, affine: Array, slope: float, signs: Array, n: int, c: int, s: int, sums: Array
+) -> None:
+    """Sums of dy behind the activation, and of it times x - mean."""
+    cut = _cut(n, c, s, x.itemsize, 2, 2)._replace(split=True)
+    coef, part = workspace(cut, c, 6, x.dtype)
+    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
+    kernel(
+        True, True, False, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, none, none, coef, signs,
+        stats, affine, sums, part,
+    )  # fmt: skip
+
+
+def gradient_apply(
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    slope: float,
+    signs: Array,
+    n: int,
+    c: int,
+    s: int,
+    dx: Array,
+    dresidual: Array,
+    grads: Array,
+) -> None:
+    """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
+    cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
+    coef, _ = workspace(cut, c, 6, x.dtype)
+    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
+    kernel(
+        True, False, True, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs,
+        stats, affine, grads, _NOTHING,
+    )  # fmt: skip
 
 
 def fold(

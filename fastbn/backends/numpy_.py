@@ -5,7 +5,7 @@ All arithmetic is in float64, a few samples at a time, and is rounded once to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -136,33 +136,60 @@ def backward(
 ) -> None:
     """Gradients of input, residual, weight and bias (Ioffe and Szegedy 2015, section 3)."""
     mean, _, invstd = (row[:, None] for row in stats)
-    scale = affine[1][:, None]
-    open_ = np.unpackbits(signs.view(np.uint8), count=n * c * s).reshape(n, c, s) if signs.size else None
-
-    def gradient(part: Any) -> Array:
-        g: Array = _wide(dy, n, c, s)(part)
-        if slope == 1.0:
-            return g
-        if open_ is not None:
-            return _activated(g, open_[part] == 1, slope)
-        return _activated(g, ~(_preactivation(_wide(x, n, c, s)(part), affine) <= 0), slope)
-
-    sum_dy = np.zeros((c, 1))
-    dot = np.zeros((c, 1))
+    sums = np.empty((2, c))
+    gradient_sums(dy, x, stats, affine, slope, signs, n, c, s, sums)
+    sum_dy, dot = sums[:, :, None]
+    gated = _gated(dy, x, affine, slope, signs, n, c, s)
     with np.errstate(all="ignore"):
-        for part in _parts(n, c, s):
-            g = gradient(part)
-            sum_dy[:, 0] += g.sum((0, 2))
-            dot[:, 0] += (g * (_wide(x, n, c, s)(part) - mean)).sum((0, 2))
         dweight[:] = (dot * invstd)[:, 0]
-        dbias[:] = sum_dy[:, 0]
+        dbias[:] = sums[0]
         for part in _parts(n, c, s):
-            g = gradient(part)
+            g = gated(part)
             if dresidual.size:
                 dresidual.reshape(n, c, s)[part] = g
             if training:
                 g = g - sum_dy / (n * s) - (_wide(x, n, c, s)(part) - mean) * (dot * invstd**2 / (n * s))
-            dx.reshape(n, c, s)[part] = scale * g
+            dx.reshape(n, c, s)[part] = affine[1][:, None] * g
+
+
+def gradient_sums(
+    dy: Array, x: Array, stats: Array, affine: Array, slope: float, signs: Array, n: int, c: int, s: int, sums: Array
+) -> None:
+    """Sums of dy behind the activation, and of it times x - mean."""
+    sums[:] = 0.0
+    gated = _gated(dy, x, affine, slope, signs, n, c, s)
+    with np.errstate(all="ignore"):
+        for part in _parts(n, c, s):
+            g = gated(part)
+            sums[0] += g.sum((0, 2))
+            sums[1] += (g * (_wide(x, n, c, s)(part) - stats[0][:, None])).sum((0, 2))
+
+
+def gradient_apply(
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    slope: float,
+    signs: Array,
+    n: int,
+    c: int,
+    s: int,
+    dx: Array,
+    dresidual: Array,
+    grads: Array,
+) -> None:
+    """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
+    _, _, a, b = grads[:, :, None]
+    gated = _gated(dy, x, affine, slope, signs, n, c, s)
+    with np.errstate(all="ignore"):
+        mean = stats[0].astype(x.dtype)[:, None]
+        for part in _parts(n, c, s):
+            g = gated(part)
+            centred = _wide(x, n, c, s)(part) - mean
+            if dresidual.size:
+                dresidual.reshape(n, c, s)[part] = g
+            dx.reshape(n, c, s)[part] = affine[1][:, None] * g + (a * centred + b)
 
 
 def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -174,7 +201,7 @@ def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + samples), slice(None), slice(column, column + length)
 
 
-def _wide(x: Array, n: int, c: int, s: int) -> Any:
+def _wide(x: Array, n: int, c: int, s: int) -> Callable[[Any], Array]:
     """x as float64, part by part."""
     return lambda part: x.reshape(n, c, s)[part].astype(np.float64)
 
@@ -187,3 +214,14 @@ def _preactivation(x: Array, affine: Array) -> Array:
 
 def _activated(z: Array, positive: Array, slope: float) -> Array:
     return np.where(positive, z, 0.0 if slope == 0.0 else slope * z)
+
+
+def _gated(dy: Array, x: Array, affine: Array, slope: float, signs: Array, *size: int) -> Callable[[Any], Array]:
+    """dy behind the activation, part by part; its signs are read or, without a residual, computed again."""
+    wide, wide_x = _wide(dy, *size), _wide(x, *size)
+    if slope == 1.0:
+        return wide
+    if signs.size:
+        open_ = np.unpackbits(signs.view(np.uint8), count=dy.size).reshape(size) == 1
+        return lambda part: _activated(wide(part), open_[part], slope)
+    return lambda part: _activated(wide(part), ~(_preactivation(wide_x(part), affine) <= 0), slope)
