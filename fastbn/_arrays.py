@@ -23,6 +23,7 @@ NO_SIGNS = np.empty(0, np.uint16)
 
 _ALIGNED_C = 0x100 | 0x1  # bits of ndarray.flags.num
 _WRITEABLE = 0x400
+_UPDATABLE = _ALIGNED_C | _WRITEABLE
 
 
 class View(NamedTuple):
@@ -44,22 +45,38 @@ def floating(x: Any, name: str = "x") -> Array:
         If it has another dtype, or is a masked array (whose mask would be lost).
     """
     if type(x) is not np.ndarray:
-        x = _converted(x, name)
+        x = converted(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32 or float64, got {_dtype_in_words(x.dtype)}")
     array: Array = x
     return array
 
 
-def _converted(x: Any, name: str) -> Array:
+def described(value: Any) -> str:
+    """What came, in a few words: errors are read."""
+    if isinstance(value, np.ndarray):
+        return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
+    flat_ones = value if isinstance(value, list | tuple) and len(value) <= 4 else (value,)
+    if not all(isinstance(part, int | float | complex | str | bytes | None) for part in flat_ones):
+        return type(value).__name__
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"{type(value).__name__}, too large to write"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def converted(x: Any, name: str) -> Array:
+    """`x` as an array of whatever dtype, without a copy where NumPy needs none."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and its mask would be ignored; pass x.filled(...) or x.data")
-    if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
-        return np.from_dlpack(x)
     try:
+        if hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+            return np.from_dlpack(x)
         return np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be made an array: {error}") from error
+    except Exception as error:  # whatever a foreign object raises
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name} cannot be made an array, got {described(x)} ({type(error).__name__}: {error})") from error
 
 
 def _dtype_in_words(dtype: np.dtype[Any]) -> str:
@@ -87,26 +104,56 @@ def channel_axis(axis: int, ndim: int) -> int:
     numpy.exceptions.AxisError
         If there is no such axis; a ValueError and an IndexError.
     """
-    if isinstance(axis, bool):
-        raise TypeError("axis must be an integer, got bool")
-    try:
-        index = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
+    index = integer(axis, "axis")
     if not -ndim <= index < ndim:
-        raise np.exceptions.AxisError(index, ndim)
+        raise np.exceptions.AxisError(f"axis {described(index)} is out of bounds for array of dimension {ndim}")
     return index % ndim
+
+
+def integer(value: Any, name: str) -> int:
+    """`value` as an int; truth values and whole floats are none."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError  # said below
+        return operator.index(value)
+    except Exception as error:
+        raise TypeError(f"{name} must be an integer, got {described(value)} ({type(value).__name__})") from error
+
+
+def real(value: Any, name: str) -> float:
+    """`value` as a float; strings, None and complex numbers are none."""
+    if type(value) is float:
+        return value
+    try:
+        if isinstance(value, str | bytes | bytearray):
+            raise TypeError  # said below
+        return float(value)
+    except Exception as error:
+        kind = ValueError if isinstance(error, OverflowError) else TypeError
+        raise kind(f"{name} must be a number, got {described(value)}") from error
+
+
+def truth(value: Any, name: str) -> bool:
+    """`value` as a truth value; arrays of several have none."""
+    try:
+        return bool(value)
+    except Exception as error:
+        raise TypeError(f"{name} must be True or False, got {described(value)}") from error
 
 
 def view(x: Array, axis: int) -> View:
     """`x` as kernels see it, copied only where it is not dense."""
     if x.flags.num & _ALIGNED_C == _ALIGNED_C:
-        return View(x, x.reshape(-1), *_sizes(x.shape, axis))
+        try:
+            return View(x, x.reshape(-1), *_sizes(x.shape, axis))
+        except TypeError:  # what cannot be hashed may still be an integer
+            return View(x, x.reshape(-1), *_sizes(x.shape, channel_axis(axis, x.ndim)))
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     ordered = x.transpose(order)
     if ordered.flags.num & _ALIGNED_C == _ALIGNED_C:
         position = order.index(channel_axis(axis, x.ndim))
         return View(x, ordered.reshape(-1), *_sizes(ordered.shape, position))
+    axis = channel_axis(axis, x.ndim)
     x = x.copy("C")
     return View(x, x.reshape(-1), *_sizes(x.shape, axis))
 
@@ -129,12 +176,33 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str 
     """Refuse an `out` that cannot take the result."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(out).__name__}")
+    if type(out) is not np.ndarray and isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a NumPy array, got a masked one, whose mask would be ignored")
     if out.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {out.shape}")
     if not out.flags.num & _WRITEABLE:
         raise ValueError(f"{name} is read-only")
+    if not out.flags.num & 0x3 and _may_collide(out):
+        raise ValueError(f"{name} has values that overlap each other: shape {shape}, strides {out.strides}")
+
+
+def check_apart(out: Any, running_mean: Array, running_var: Array) -> None:
+    """Refuse an `out` that lies over running statistics: one would overwrite the other."""
+    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
+        if isinstance(out, np.ndarray) and np.may_share_memory(out, values) and np.shares_memory(out, values):
+            raise ValueError(f"out shares memory with {name}, which is updated too")
+
+
+def _may_collide(x: Array) -> bool:
+    """Whether two values of an array may share memory, as in windows or what is broadcast."""
+    reach = x.itemsize
+    for stride, length in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return x.size > 0
+        reach += stride * (length - 1)
+    return False
 
 
 def writable_in_place(out: Array, like: View, inputs: tuple[Array, ...]) -> bool:
@@ -153,26 +221,40 @@ def _same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def channel_vector(values: Any, name: str, channels: int) -> Array:
+def channel_vector(values: Any, name: str, channels: int, update: bool = False) -> Array:
     """A vector of one float a channel, contiguous; `values` itself where it is one already.
 
     Raises
     ------
     TypeError, ValueError
-        If it has no float dtype, or another length.
+        If it has no float dtype, or another length; or is to be updated in place, and cannot be.
     """
-    if type(values) is np.ndarray and values.dtype in FLOATS and values.flags.num & _ALIGNED_C == _ALIGNED_C:
+    needed = _UPDATABLE if update else _ALIGNED_C
+    if type(values) is np.ndarray and values.dtype in FLOATS and values.flags.num & needed == needed:
         vector: Array = values
     else:
-        vector = np.ascontiguousarray(_numbers(values, name))
+        if update:
+            _check_updatable(values, name)
+        vector = np.ascontiguousarray(numbers(values, name))
     if vector.shape != (channels,):
         got = f"{vector.shape[0]}" if vector.ndim == 1 else f"shape {vector.shape}"
         raise ValueError(f"{name} should contain {channels} elements not {got}")
     return vector
 
 
-def _numbers(values: Any, name: str) -> Array:
-    array = _converted(values, name)
+def _check_updatable(values: Any, name: str) -> None:
+    if not (isinstance(values, np.ndarray) and values.dtype.kind == "f"):
+        kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise TypeError(f"{name} is updated in place and must be an array of float32 or float64, got {kind}")
+    if not values.flags.writeable:
+        raise ValueError(f"{name} is updated in place but read-only")
+    if _may_collide(values):
+        raise ValueError(f"{name} is updated in place, but its values overlap: strides {values.strides}")
+
+
+def numbers(values: Any, name: str) -> Array:
+    """Real numbers as an array of floats: float32 where half as many bits hold them, else float64."""
+    array = converted(values, name)
     if array.dtype not in FLOATS:
         if array.dtype.kind not in "fiu":
             raise TypeError(f"{name} must be real numbers, got {array.dtype}")

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn._arrays import described
+
 BACKENDS = {
     "numba": "fastbn.backends.numba_",
     "cython": "fastbn.backends.cython_",
@@ -189,7 +191,7 @@ def _checked_threads(n: int, what: str) -> int:
     if isinstance(n, bool) or not isinstance(n, int | np.integer):
         raise TypeError(f"{what} must be an integer, got {type(n).__name__}")
     if not 1 <= n <= usable_cpus():
-        raise ValueError(f"{what} must be from 1 to {usable_cpus()}, the number of usable CPUs; got {n}")
+        raise ValueError(f"{what} must be from 1 to {usable_cpus()}, the number of usable CPUs; got {described(n)}")
     return int(n)
 
 

@@ -14,7 +14,7 @@ import threading
 
 import numpy as np
 
-from fastbn._arrays import Array
+from fastbn._arrays import Array, described
 
 LINE = 64  # bytes: outputs begin on a line of the cache, so that whole lines can be written past it
 SMALLEST = 1 << 20  # bytes from which an output comes from the pool; below, the allocator keeps pages by itself
@@ -123,7 +123,7 @@ def _checked(nbytes: int) -> int:
     if isinstance(nbytes, bool) or not isinstance(nbytes, int | np.integer):
         raise TypeError(f"the pool's limit must be an integer, got {type(nbytes).__name__}")
     if nbytes < 0:
-        raise ValueError(f"the pool's limit must not be negative, got {nbytes}")
+        raise ValueError(f"the pool's limit must not be negative, got {described(nbytes)}")
     return int(nbytes)
 
 

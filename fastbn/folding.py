@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastbn._arrays import converted, described, integer, real, truth
+
 __all__ = ["fold_conv", "fold_into_next_conv", "fold_linear", "fold_scale_shift", "fold_state_dict"]
 
 Wide = NDArray[np.float64]
@@ -335,15 +337,14 @@ def conv_layout(shape: Sequence[int], groups: int, transposed: bool = False) -> 
     """Return the layout of a convolution's weight, or raise ValueError."""
     if len(shape) < 3:
         raise ValueError(f"a convolution's weight has at least three axes, got shape {tuple(shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, (int, np.integer)):
-        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
+    groups = integer(groups, "groups")
     if groups < 1 or shape[0] % groups:
         raise ValueError(
             f"groups must be positive and divide the first axis of the weight, "
-            f"got groups={groups} and shape {tuple(shape)}"
+            f"got groups={described(groups)} and shape {tuple(shape)}"
         )
-    view = (int(groups), shape[0] // int(groups), shape[1], math.prod(shape[2:]))
-    return Layout(view, output_axis=2 if transposed else 1)
+    view = (groups, shape[0] // groups, shape[1], math.prod(shape[2:]))
+    return Layout(view, output_axis=2 if truth(transposed, "transposed") else 1)
 
 
 def linear_layout(shape: Sequence[int], output_axis: int = 0) -> Layout:
@@ -529,13 +530,15 @@ def _fold_named(state: Mapping[str, Any], layer: str, bn: BatchNorm, transposed:
 
 
 def _checked_pairs(state: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {described(state)}")
     result: list[tuple[str, str]] = []
-    for pair in pairs:
+    for pair in _listed(pairs, "pairs"):
         match pair:
             case (str(layer), str(norm)):
                 result.append((layer, norm))
             case _:
-                raise ValueError(f"a pair is (layer, batch norm), two names, got {pair!r}")
+                raise ValueError(f"each of pairs must be (layer, batch norm), two names, got {described(pair)}")
     needed = [f"{layer}.weight" for layer, _ in result]
     needed += [f"{norm}.{key}" for _, norm in result for key in STATE_KEYS[2:4]]
     missing = [key for key in dict.fromkeys(needed) if key not in state]
@@ -548,8 +551,19 @@ def _checked_pairs(state: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -
     return result
 
 
+def _listed(values: Any, name: str) -> list[Any]:
+    try:
+        return list(values)
+    except Exception as error:  # whatever a foreign object raises
+        raise TypeError(f"{name} must be a list, got {described(values)}") from error
+
+
 def _checked_transposed(transposed: Iterable[str], pairs: list[tuple[str, str]]) -> set[str]:
-    names = {transposed} if isinstance(transposed, str) else set(transposed)
+    listed_names = [transposed] if isinstance(transposed, str) else _listed(transposed, "transposed")
+    for name in listed_names:
+        if not isinstance(name, str):
+            raise TypeError(f"transposed must be names of layers, got {described(name)}")
+    names = set(listed_names)
     unknown = names - {layer for layer, _ in pairs}
     if unknown:
         raise ValueError(f"transposed names layers that are in no pair: {', '.join(sorted(unknown))}")
@@ -562,18 +576,17 @@ def _checked_transposed(transposed: Iterable[str], pairs: list[tuple[str, str]])
 
 
 def _as_float_array(value: ArrayLike, name: str) -> Array:
-    array = np.asarray(value)
+    array = converted(value, name)
     if array.dtype.name not in FLOATS:
         raise TypeError(f"{name} must be one of {', '.join(FLOATS)}, got {array.dtype}")
     return array
 
 
 def _checked_eps(eps: float) -> float:
-    if np.ndim(eps) or np.asarray(eps).dtype.kind not in "iuf":
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0 <= eps < np.inf:
+    number = real(eps, "eps")
+    if not 0 <= number < np.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    return float(eps)
+    return number
 
 
 def _checked_bias(bias: ArrayLike | None, channels: int) -> Wide:

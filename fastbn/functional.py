@@ -17,10 +17,13 @@ from fastbn._arrays import (
     Array,
     View,
     channel_vector,
+    check_apart,
     check_out,
     flat,
     floating,
+    real,
     same_layout,
+    truth,
     view,
     writable_in_place,
 )
@@ -100,7 +103,8 @@ def batch_norm(
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
     2015.
     """
-    momentum = _real(momentum, "momentum")
+    momentum = real(momentum, "momentum")
+    training = training if training is True else truth(training, "training")
     xv = view(_at_least_1d(floating(x)), axis)
     weight, bias = _parameters(weight, bias, xv.c)
     if (running_mean is None) != (running_var is None):
@@ -112,6 +116,8 @@ def batch_norm(
     else:
         running = _of_one_dtype(*_running_vectors(running_mean, running_var, xv.c, update=training))
     if training:
+        if out is not None and running is not None:
+            check_apart(out, *running)
         y, saved = _normalize_batch(xv, None, weight, bias, eps, 1.0, out)
         if running is not None and xv.flat.size:
             _update_running(running, saved.stats, xv.n * xv.s, momentum)
@@ -197,7 +203,7 @@ def batch_norm_backward(
         weight = channel_vector(weight, "weight", xv.c)
         affine[1] *= weight
         dtype = weight.dtype
-    saved = Saved(xv, statistics, affine, NO_SIGNS, 1.0, training, False, False)
+    saved = Saved(xv, statistics, affine, NO_SIGNS, 1.0, truth(training, "training"), False, False)
     dx, _, dweight, dbias = _gradients(dy, saved, dtype, out)
     return dx, dweight, dbias
 
@@ -251,7 +257,7 @@ def _normalize_batch(
     xv: View, residual: Any, weight: Array, bias: Array, eps: float, slope: float, out: Array | None
 ) -> tuple[Array, Saved]:
     """Training forward: the batch's statistics, then the output."""
-    eps = _real(eps, "eps")
+    eps = real(eps, "eps")
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     count = xv.n * xv.s
@@ -279,7 +285,7 @@ def _normalize_running(
     out: Array | None,
 ) -> tuple[Array, Saved]:
     """Inference forward: one scale and one shift a channel."""
-    eps = _real(eps, "eps")
+    eps = real(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     stats, affine = _running_affine(running_mean, running_var, weight, bias, eps)
@@ -410,14 +416,11 @@ def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
 
 
 def _running_vectors(running_mean: Any, running_var: Any, channels: int, update: bool) -> tuple[Array, Array]:
-    for name, values in (("running_mean", running_mean), ("running_var", running_var)):
-        if update and not (isinstance(values, np.ndarray) and values.dtype.kind == "f"):
-            kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-            raise TypeError(f"{name} is updated in place and must be an array of float32 or float64, got {kind}")
-        if update and not values.flags.writeable:
-            raise ValueError(f"{name} is updated in place but read-only")
-    mean = channel_vector(running_mean, "running_mean", channels)
-    return mean, channel_vector(running_var, "running_var", channels)
+    mean = channel_vector(running_mean, "running_mean", channels, update)
+    var = channel_vector(running_var, "running_var", channels, update)
+    if update and running_mean is running_var:
+        raise ValueError("running_mean and running_var are the same array, and both are updated in place")
+    return mean, var
 
 
 def _update_running(running: tuple[Array, ...], stats: Array, count: int, factor: float) -> None:
@@ -430,15 +433,6 @@ def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
     for vector, target in zip(updated, given, strict=True):
         if vector is not target:
             np.copyto(target, vector)
-
-
-def _real(value: Any, name: str) -> float:
-    """`value` as a float; strings, None and complex numbers are none."""
-    if type(value) is float:
-        return value
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
 
 
 def _at_least_1d(x: Array) -> Array:

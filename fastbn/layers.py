@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -11,7 +11,21 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional as F
-from fastbn._arrays import FLOATS, Array, channel_axis, channel_vector, floating, view
+from fastbn._arrays import (
+    FLOATS,
+    Array,
+    channel_axis,
+    channel_vector,
+    check_apart,
+    converted,
+    described,
+    floating,
+    integer,
+    numbers,
+    real,
+    truth,
+    view,
+)
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
@@ -49,10 +63,10 @@ class _BatchNorm:
         self.num_features = _positive_integer(num_features, "num_features")
         self.eps = _eps(eps)
         self.momentum = _momentum(momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
+        self.affine = truth(affine, "affine")
+        self.track_running_stats = truth(track_running_stats, "track_running_stats")
         channel_axis(axis, max(self._ranks))
-        self.axis = operator.index(axis)
+        self.axis = integer(axis, "axis")
         self.dtype = _dtype(dtype)
         self.activation = activation
         self._slope = slope_of(activation)
@@ -65,7 +79,7 @@ class _BatchNorm:
         self._saved: F.Saved | None = None
         if self.affine:
             self.params["weight"] = np.ones(self.num_features, self.dtype)
-            if bias:
+            if truth(bias, "bias"):
                 self.params["bias"] = np.zeros(self.num_features, self.dtype)
         if self.track_running_stats:
             self.running_mean = np.zeros(self.num_features, self.dtype)
@@ -109,8 +123,12 @@ class _BatchNorm:
                 f"got {xv.c} in an input of shape {array.shape}"
             )
         weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
-        running = self._running()
+        running = self._running(self.training)
+        if type(self.momentum) is not float:
+            self.momentum = _momentum(self.momentum)
         if self.training or running is None:
+            if out is not None and running is not None:
+                check_apart(out, *running)
             y, saved = F._normalize_batch(xv, residual, weight, bias, self.eps, self._slope, out)
             if self.training and self.track_running_stats and running is not None and array.size:
                 self._track(running, saved, xv.n * xv.s)
@@ -158,16 +176,16 @@ class _BatchNorm:
         self.grads = {key: grad for key, grad in (("weight", dweight), ("bias", dbias)) if key in self.params}
         return dx if dresidual is None else (dx, dresidual)
 
-    def _running(self) -> tuple[Array, Array] | None:
-        """The running statistics, checked."""
+    def _running(self, update: bool = False) -> tuple[Array, Array] | None:
+        """The running statistics, checked, also for being updated in place."""
         mean, var = self.running_mean, self.running_var
         if (mean is None) != (var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
         if mean is None or var is None:
             return None
         return (
-            channel_vector(mean, "running_mean", self.num_features),
-            channel_vector(var, "running_var", self.num_features),
+            channel_vector(mean, "running_mean", self.num_features, update),
+            channel_vector(var, "running_var", self.num_features, update),
         )
 
     def _track(self, running: tuple[Array, Array], saved: F.Saved, count: int) -> None:
@@ -206,7 +224,7 @@ class _BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's statistics from now on (or not, with False). Returns self."""
-        self.training = bool(mode)
+        self.training = truth(mode, "mode")
         return self
 
     def eval(self) -> Self:
@@ -260,6 +278,7 @@ class _BatchNorm:
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+        strict = truth(strict, "strict")
         own = self.state_dict()
         missing = [key for key in own if key not in state and key != "num_batches_tracked"]
         unexpected = [key for key in state if key not in own]
@@ -272,8 +291,8 @@ class _BatchNorm:
         for key in own:
             if key in state:
                 try:
-                    loaded[key] = _like(own[key], state[key])
-                except ValueError as error:
+                    loaded[key] = _like(own[key], state[key], key)
+                except (ValueError, TypeError) as error:
                     problems.append(f"{key}: {error}")
         if problems:
             raise ValueError(f"cannot load the state into {self!r}: " + "; ".join(problems))
@@ -301,7 +320,7 @@ class _BatchNorm:
         if running is None:
             raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
         weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
-        affine = F._running_affine(running[0], running[1], weight, bias, self.eps)[1]
+        affine = F._running_affine(running[0], running[1], weight, bias, _eps(self.eps))[1]
         return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -417,7 +436,8 @@ class ScaleShift:
         dtype: DTypeLike = np.float32,
         activation: Activation = None,
     ) -> None:
-        affine = np.zeros((3, np.size(scale)))
+        scale = numbers(scale, "scale")
+        affine = np.zeros((3, scale.size))
         affine[1] = channel_vector(scale, "scale", affine.shape[1])
         affine[2] = channel_vector(shift, "shift", affine.shape[1])
         rounded = affine.astype(_dtype(dtype))
@@ -427,7 +447,7 @@ class ScaleShift:
             ("_slope", slope_of(activation)),
             ("scale", rounded[1]),
             ("shift", rounded[2]),
-            ("axis", operator.index(axis)),
+            ("axis", integer(axis, "axis")),
             ("activation", activation),
         ):
             object.__setattr__(self, name, value)
@@ -466,51 +486,51 @@ def slope_of(activation: Activation) -> float:
     match activation:
         case None:
             return 1.0
-        case "relu":
+        case str() if activation == "relu":
             return 0.0
-        case ("leaky_relu", float() | int() as slope) if not isinstance(slope, bool) and math.isfinite(slope):
-            return float(slope)
-    raise ValueError(f"activation must be None, 'relu' or ('leaky_relu', slope), got {activation!r}")
+        case (str() as kind, float() | int() as slope) if kind == "leaky_relu" and not isinstance(slope, bool):
+            if math.isfinite(number := real(slope, "the slope of leaky_relu")):
+                return number
+    raise ValueError(f"activation must be None, 'relu' or ('leaky_relu', slope), got {described(activation)}")
 
 
 def _positive_integer(value: Any, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got bool")
+    number = integer(value, name)
     if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+        raise ValueError(f"{name} must be at least 1, got {described(number)}")
+    if number > sys.maxsize:
+        raise ValueError(f"{name} must be at most {sys.maxsize}, got {described(number)}")
     return number
 
 
 def _eps(eps: Any) -> float:
-    value = F._real(eps, "eps")
+    value = real(eps, "eps")
     if not value >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     return value
 
 
 def _momentum(momentum: Any) -> float | None:
-    return None if momentum is None else F._real(momentum, "momentum")
+    return None if momentum is None else real(momentum, "momentum")
 
 
 def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
         result = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}") from None
+    except Exception as error:
+        raise TypeError(f"dtype must be float32 or float64, got {described(dtype)}") from error
     if result not in FLOATS:
         raise TypeError(f"dtype must be float32 or float64, got {result}")
     return result
 
 
-def _like(own: Array, value: Any) -> Array:
-    """`value` with the shape and dtype of `own`, or a ValueError saying what it is."""
-    array = np.asarray(value)
+def _like(own: Array, value: Any, name: str) -> Array:
+    """`value` with the shape and dtype of `own`, or an error saying what it is."""
+    array = converted(value, name)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"expected numbers, got {array.dtype}")
     if array.shape != own.shape:
         raise ValueError(f"expected shape {own.shape}, got {array.shape}")
+    if own.dtype.kind == "i" and not (0 <= float(array) < 2.0**63 and float(array).is_integer()):
+        raise ValueError(f"expected a number of batches, got {array}")
     return array.astype(own.dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn._arrays import Array, floating, view
+from fastbn._arrays import Array, described, floating, integer, numbers, real, view
 from fastbn._engine import kernels
 from fastbn._merge import merge
 
@@ -54,13 +54,10 @@ class Moments:
     m2: Array
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        try:
-            number = operator.index(count)
-        except TypeError:
-            raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
+        number = integer(count, "count")
         if number < 0:
-            raise ValueError(f"count must not be negative, got {number}")
-        means, squares = np.array(mean, np.float64), np.array(m2, np.float64)
+            raise ValueError(f"count must not be negative, got {described(number)}")
+        means, squares = (np.array(numbers(a, name), np.float64) for a, name in ((mean, "mean"), (m2, "m2")))
         if means.ndim != 1 or means.shape != squares.shape:
             raise ValueError(f"mean and m2 must both have shape (C,), got {means.shape} and {squares.shape}")
         if (squares < 0).any():
@@ -70,7 +67,10 @@ class Moments:
     @classmethod
     def empty(cls, num_channels: int) -> Moments:
         """Moments of no values of `num_channels` channels."""
-        return cls(0, np.zeros(num_channels), np.zeros(num_channels))
+        channels = integer(num_channels, "num_channels")
+        if not 0 <= channels <= sys.maxsize:
+            raise ValueError(f"num_channels must be from 0 to {sys.maxsize}, got {described(channels)}")
+        return cls(0, np.zeros(channels), np.zeros(channels))
 
     def update(self, x: ArrayLike, axis: int = 1) -> Moments:
         """Add the values of `x`, an array of float32 or float64 with the channels on `axis`. Returns self.
@@ -102,13 +102,14 @@ class Moments:
             return NotImplemented
         return Moments(self.count, self.mean, self.m2).merge(other)
 
-    def var(self, ddof: int = 0) -> Array:
+    def var(self, ddof: float = 0) -> Array:
         """Variance of each channel, ``m2 / (count - ddof)``; NaN where there are not more than `ddof` values."""
+        ddof = real(ddof, "ddof")
         if self.count <= ddof:
             return np.full_like(self.mean, np.nan)
         return self.m2 / (self.count - ddof)
 
-    def std(self, ddof: int = 0) -> Array:
+    def std(self, ddof: float = 0) -> Array:
         """Square root of `var`."""
         return np.sqrt(self.var(ddof))
 
