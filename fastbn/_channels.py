@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 def finish_statistics(
-    count: int, mean: Array, m2: Array, weight: Array, bias: Array, eps: float
+    count: float, mean: Array, m2: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array]:
     """`stats` and `affine` of training, from the moments of `count` values a channel; weight and bias may be empty."""
     stats, affine = np.empty((3, len(mean))), np.empty((3, len(mean)))
@@ -30,7 +30,7 @@ def finish_statistics(
     return stats, affine
 
 
-def finish_gradient(sums: Array, count: int, stats: Array, affine: Array, dtype: np.dtype[Any]) -> Array:
+def finish_gradient(sums: Array, count: float, stats: Array, affine: Array, dtype: np.dtype[Any]) -> Array:
     """`grads`: dweight, dbias, a and b of ``dx = scale * dy + a * (x - mean) + b`` with the mean rounded to `dtype`.
 
     `sums` (2, C) is what `gradient_sums` gives: of dy, and of dy * (x - mean); `count` the number of values that they

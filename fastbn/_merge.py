@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def merge(count_a: int, mean_a: Array, m2_a: Array, count_b: int, mean_b: Array, m2_b: Array) -> tuple[Array, Array]:
+def merge(
+    count_a: float, mean_a: Array, m2_a: Array, count_b: float, mean_b: Array, m2_b: Array
+) -> tuple[Array, Array]:
     """Mean and m2 of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite."""
     if not count_a:
         return mean_b, m2_b

@@ -6,6 +6,7 @@ underscore are what the layers are made of: they take checked vectors and keep w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -313,15 +314,18 @@ def _transform(
 
 
 def _gradients(
-    dy: Any, saved: Saved, dtype: np.dtype[Any], out: Array | None
+    dy: Any,
+    saved: Saved,
+    dtype: np.dtype[Any],
+    out: Array | None,
+    finish: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, Array | None, Array, Array]:
-    """dx, dresidual, dweight and dbias; the last two of the given dtype."""
+    """dx, dresidual, dweight and dbias; the last two of the given dtype.
+
+    `finish` makes `grads` of `sums`, see `finish_gradient`, where the statistics were others than this batch's.
+    """
     xv, affine = saved.x, saved.affine
-    dy = floating(dy, "dy")
-    if dy.dtype != xv.array.dtype:
-        raise TypeError(f"dy must have the input's dtype {xv.array.dtype}, got {dy.dtype}")
-    if dy.shape != xv.array.shape:
-        raise ValueError(f"dy must have the input's shape {xv.array.shape}, got {dy.shape}")
+    dy = _checked_gradient(dy, xv.array)
     g = same_layout(dy, xv)
     dx = target = out
     if out is not None:
@@ -331,26 +335,29 @@ def _gradients(
     assert dx is not None
     dresidual = empty_like(xv.array) if saved.residual else None
     dweight, dbias = np.empty(xv.c, dtype), np.empty(xv.c, dtype)
-    if xv.flat.size:
-        kernels().backward(
-            g,
-            xv.flat,
-            saved.stats,
-            affine,
-            saved.batch,
-            saved.slope,
-            saved.signs,
-            xv.n,
-            xv.c,
-            xv.s,
-            flat(dx),
-            EMPTY[xv.array.dtype] if dresidual is None else flat(dresidual),
-            dweight,
-            dbias,
-        )
-    else:
+    outputs = flat(dx), EMPTY[xv.array.dtype] if dresidual is None else flat(dresidual)
+    activation, size = (saved.slope, saved.signs), (xv.n, xv.c, xv.s)
+    if not xv.flat.size:
         dweight[:] = dbias[:] = 0
+    elif finish is None:
+        kernels().backward(g, xv.flat, saved.stats, affine, saved.batch, *activation, *size, *outputs, dweight, dbias)
+    else:
+        sums = np.empty((2, xv.c))
+        kernels().gradient_sums(g, xv.flat, saved.stats, affine, *activation, *size, sums)
+        grads = finish(sums)
+        kernels().gradient_apply(g, xv.flat, saved.stats, affine, *activation, *size, *outputs, grads)
+        dweight[:], dbias[:] = grads[:2]
     return _delivered(dx, target), dresidual, dweight, dbias
+
+
+def _checked_gradient(dy: Any, x: Array) -> Array:
+    """`dy` as an array, with the input's shape and dtype."""
+    gradient = floating(dy, "dy")
+    if gradient.dtype != x.dtype:
+        raise TypeError(f"dy must have the input's dtype {x.dtype}, got {gradient.dtype}")
+    if gradient.shape != x.shape:
+        raise ValueError(f"dy must have the input's shape {x.shape}, got {gradient.shape}")
+    return gradient
 
 
 def _prepare(

@@ -40,9 +40,10 @@ class IncompatibleKeys(NamedTuple):
 
 
 class _BatchNorm:
-    """What the three layers share; `_ranks` holds the numbers of dimensions that each takes."""
+    """What the layers share."""
 
-    _ranks: tuple[int, ...]
+    _ranks: tuple[int, ...]  # the numbers of dimensions that a layer takes
+    _buffers: tuple[str, ...] = ("running_mean", "running_var", "num_batches_tracked")  # of the state, where not None
 
     def __init_subclass__(cls) -> None:
         cls.__doc__ = f"{cls.__doc__}{_PARAMETERS}"
@@ -73,18 +74,18 @@ class _BatchNorm:
         self.training = True
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
-        self.running_mean: Array | None = None
-        self.running_var: Array | None = None
-        self.num_batches_tracked: int | None = None
         self._saved: F.Saved | None = None
         if self.affine:
             self.params["weight"] = np.ones(self.num_features, self.dtype)
             if truth(bias, "bias"):
                 self.params["bias"] = np.zeros(self.num_features, self.dtype)
-        if self.track_running_stats:
-            self.running_mean = np.zeros(self.num_features, self.dtype)
-            self.running_var = np.ones(self.num_features, self.dtype)
-            self.num_batches_tracked = 0
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        tracked = self.track_running_stats
+        self.running_mean: Array | None = np.zeros(self.num_features, self.dtype) if tracked else None
+        self.running_var: Array | None = np.ones(self.num_features, self.dtype) if tracked else None
+        self.num_batches_tracked: int | None = 0 if tracked else None
 
     # --- forward and backward ---
 
@@ -171,10 +172,13 @@ class _BatchNorm:
             raise RuntimeError("backward needs a forward before it: call the layer on its input first")
         if saved.overwritten:
             raise RuntimeError("backward needs the input, but the forward's out= overwrote it")
-        dx, dresidual, dweight, dbias = F._gradients(dy, saved, self.dtype, out)
+        dx, dresidual, dweight, dbias = self._gradients(dy, saved, out)
         self._saved = None
         self.grads = {key: grad for key, grad in (("weight", dweight), ("bias", dbias)) if key in self.params}
         return dx if dresidual is None else (dx, dresidual)
+
+    def _gradients(self, dy: Any, saved: F.Saved, out: Array | None) -> tuple[Array, Array | None, Array, Array]:
+        return F._gradients(dy, saved, self.dtype, out)
 
     def _running(self, update: bool = False) -> tuple[Array, Array] | None:
         """The running statistics, checked, also for being updated in place."""
@@ -187,6 +191,14 @@ class _BatchNorm:
             channel_vector(mean, "running_mean", self.num_features, update),
             channel_vector(var, "running_var", self.num_features, update),
         )
+
+    def _inference(self) -> tuple[Array, Array]:
+        """`stats` and `affine` of eval mode."""
+        running = self._running()
+        if running is None:
+            raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
+        weight, bias = F._parameters(self.weight, self.bias, self.num_features)
+        return F._running_affine(running[0], running[1], weight, bias, _eps(self.eps))
 
     def _track(self, running: tuple[Array, Array], saved: F.Saved, count: int) -> None:
         tracked = (self.num_batches_tracked or 0) + 1
@@ -249,12 +261,8 @@ class _BatchNorm:
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of parameters and running statistics under PyTorch's keys."""
-        state = {key: value.copy() for key, value in self.params.items()}
-        if self.running_mean is not None and self.running_var is not None:
-            state["running_mean"] = self.running_mean.copy()
-            state["running_var"] = self.running_var.copy()
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked or 0, np.int64)
-        return state
+        buffers = {key: getattr(self, key) for key in self._buffers}
+        return {key: np.array(value) for key, value in (self.params | buffers).items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
         """Take over a state with PyTorch's keys; values are copied into the arrays that are there.
@@ -297,10 +305,11 @@ class _BatchNorm:
         if problems:
             raise ValueError(f"cannot load the state into {self!r}: " + "; ".join(problems))
         for key, value in loaded.items():
-            if key == "num_batches_tracked":
-                self.num_batches_tracked = int(value)
-            else:
-                (self.params[key] if key in self.params else getattr(self, key))[...] = value
+            current = getattr(self, key)
+            if isinstance(current, np.ndarray):
+                current[...] = value
+            else:  # a counter
+                setattr(self, key, value.item())
         return IncompatibleKeys(missing, unexpected)
 
     def fold(self) -> ScaleShift:
@@ -316,11 +325,7 @@ class _BatchNorm:
         ValueError
             If there are no running statistics.
         """
-        running = self._running()
-        if running is None:
-            raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
-        weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
-        affine = F._running_affine(running[0], running[1], weight, bias, _eps(self.eps))[1]
+        affine = self._inference()[1]
         return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,10 +339,12 @@ class _BatchNorm:
             extras += f", dtype={self.dtype}"
         if self.activation is not None:
             extras += f", activation={self.activation!r}"
+        return f"{type(self).__name__}({self.num_features}, {self._options()}{extras})"
+
+    def _options(self) -> str:
         return (
-            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={'bias' in self.params}, "
-            f"track_running_stats={self.track_running_stats}{extras})"
+            f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={'bias' in self.params}, "
+            f"track_running_stats={self.track_running_stats}"
         )
 
 

@@ -109,6 +109,8 @@ LAYER = {
     "dtype": "f4",
     "activation": None,
 }
+FROZEN = {key: LAYER[key] for key in ("num_features", "eps", "axis", "dtype", "activation")}
+UNTRACKED = {**FROZEN, "affine": True, "bias": True}
 BATCH = {"x": X, "running_mean": MEAN, "running_var": VAR, "weight": WEIGHT, "bias": BIAS}
 
 TARGETS = {
@@ -139,6 +141,16 @@ TARGETS = {
     "BatchNorm1d": Target(lambda **given: fastbn.BatchNorm1d(**given)(X), LAYER),
     "BatchNorm2d": Target(lambda **given: fastbn.BatchNorm2d(**given)(X[:, :, None]), LAYER),
     "BatchNorm3d": Target(lambda **given: fastbn.BatchNorm3d(**given)(X[:, :, None, None]), LAYER),
+    "GhostBatchNorm": Target(lambda **given: fastbn.GhostBatchNorm(**given)(X), {**LAYER, "virtual_batch_size": 2}),
+    "BatchRenorm": Target(
+        lambda **given: fastbn.BatchRenorm(**given)(X), {**UNTRACKED, "momentum": 0.3, "r_max": 2.0, "d_max": 1.0}
+    ),
+    "RunningBatchNorm": Target(lambda **given: fastbn.RunningBatchNorm(**given)(X), {**UNTRACKED, "momentum": 0.3}),
+    "FrozenBatchNorm": Target(lambda **given: fastbn.FrozenBatchNorm(**given)(X), FROZEN),
+    **{
+        f"{cls.__name__}, called": Target(cls.__call__, {"x": X, "residual": RESIDUAL}, lambda cls=cls: cls(3))
+        for cls in (fastbn.GhostBatchNorm, fastbn.BatchRenorm, fastbn.RunningBatchNorm, fastbn.FrozenBatchNorm)
+    },
     "layer, training": Target(fastbn.BatchNorm1d.__call__, {"x": X, "residual": RESIDUAL}, layer),
     "layer, cumulative": Target(fastbn.BatchNorm1d.__call__, {"x": X}, lambda: layer(momentum=None)),
     "layer, eval": Target(fastbn.BatchNorm1d.__call__, {"x": X, "residual": RESIDUAL}, lambda: layer(False)),
