@@ -8,6 +8,7 @@ from arrays import ARRAY_LIKES, LAYOUTS
 from cases import DTYPES, Case
 
 import fastbn
+from fastbn._arrays import floating, view
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -129,6 +130,24 @@ def test_dlpack_producers_are_array_likes():
     x, _, _, scale, shift = Case((3, 5, 9, 7)).make()
     got = fastbn.scale_shift(DlpackOnly(x), scale, shift)
     np.testing.assert_array_equal(got, fastbn.scale_shift(x, scale, shift))
+
+
+def test_producers_are_not_copied(torch):
+    """PyTorch's tensors by `__array__`, what has DLPack alone by that, buffers and subclasses: the very same memory."""
+    x = np.zeros((3, 5, 9, 7), np.float32)
+    tensor = torch.zeros(3, 5, 9, 7)
+    channels_last = torch.zeros(3, 5, 9, 7).to(memory_format=torch.channels_last)
+    for given, address in (
+        (tensor, tensor.data_ptr()),
+        (channels_last, channels_last.data_ptr()),
+        (DlpackOnly(x), x.ctypes.data),
+        (memoryview(x), x.ctypes.data),
+        (x.view(np.memmap), x.ctypes.data),
+        (x.transpose(3, 1, 0, 2), x.ctypes.data),
+    ):
+        seen = view(floating(given), 1)
+        assert seen.flat.ctypes.data == address
+        assert seen.flat.size == x.size
 
 
 @operations
