@@ -34,12 +34,13 @@ cdef extern from "dispatch.h" nogil:
     ctypedef struct Kernels:
         Py_ssize_t lanes
         void (*prepare)(const Job *, int, int) noexcept nogil
-        void (*forward_task)(const Job *, int, Py_ssize_t) noexcept nogil
-        void (*backward_task)(const Job *, int, Py_ssize_t) noexcept nogil
+        void (*task)(const Job *, int, int, Py_ssize_t) noexcept nogil
+        void (*last_row)(const Job *, int, int) noexcept nogil
         void (*finish)(const Job *, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
     Py_ssize_t tasks_of(const Job *, int phase)
+    int can_stream(const Job *)
 
 cdef extern from *:
     """
@@ -93,76 +94,51 @@ cdef void *data(object array, int flags=PyBUF_SIMPLE) except? NULL:
     return address
 
 
-cdef void run_phase(const Kernels *kernels, Job *job, bint backward, int phase, int threads) noexcept nogil:
-    """Serial preparation, independent tasks, serial finish."""
-    cdef Py_ssize_t t, tasks = tasks_of(job, phase)
-    kernels.prepare(job, backward, phase)
-    cdef void (*task)(const Job *, int, Py_ssize_t) noexcept nogil
-    task = kernels.backward_task if backward else kernels.forward_task
-    if threads == 1:
-        for t in range(tasks):
-            task(job, phase, t)
-    else:
-        for t in prange(tasks, num_threads=threads, schedule="static"):
-            task(job, phase, t)
-    kernels.finish(job, backward, phase)
-
-
-def forward(
-    bint reduce, bint apply, int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block,
-    Py_ssize_t blocks, Py_ssize_t ahead, Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, double eps, double slope,
-    x, residual, y, signs, stats, affine, coef, part, int itemsize,
+def kernel(
+    bint backward, bint reduce, bint apply,
+    int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block,
+    Py_ssize_t blocks, Py_ssize_t ahead, Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, bint training, double eps,
+    double slope, x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
 ):
-    """Statistics (reduce) and output (apply), or both at once; `affine` holds weight and bias before."""
-    cdef Job job
-    job.n, job.channels, job.s = n, channels, s
-    job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
-    job.eps, job.slope = eps, slope
-    job.x, job.residual = data(x), data(residual)
-    job.y, job.signs = data(y, PyBUF_WRITABLE), <uint16_t *>data(signs, PyBUF_WRITABLE)
-    job.streaming = streaming and job.y != job.x and job.y != job.residual  # in place the lines are in the cache already
-    job.stats, job.affine = <double *>data(stats), <double *>data(affine)
-    job.coef, job.part = data(coef), <double *>data(part)
-    cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
-    with nogil:
-        if reduce and apply and not split:
-            run_phase(kernels, &job, False, FUSED, threads)
-        else:
-            if reduce:
-                run_phase(kernels, &job, False, REDUCE_COLUMNS if columns else REDUCE, threads)
-            if apply:
-                run_phase(kernels, &job, False, APPLY_COLUMNS if columns else APPLY, threads)
+    """Reduction (statistics, or sums of gradients) and output, or one of them; `affine` has weight and bias before.
 
-
-def backward(
-    bint reduce, bint apply, int threads, bint split, bint streaming, Py_ssize_t run, Py_ssize_t columns, Py_ssize_t rows, Py_ssize_t block, Py_ssize_t blocks, Py_ssize_t ahead,
-    Py_ssize_t n, Py_ssize_t channels, Py_ssize_t s, bint training, double slope,
-    dy, x, stats, affine, signs, dx, dresidual, grads, coef, part, int itemsize,
-):
-    """Sums of the gradients (reduce), then dx and dresidual (apply), or both at once.
-
-    Sums alone become the first two rows of `grads`; the output alone takes A and B from the last two.
+    Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two.
     """
     cdef Job job
     job.n, job.channels, job.s = n, channels, s
     job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
-    job.training, job.slope = training, slope
-    job.dy, job.x, job.signs = data(dy), data(x), <uint16_t *>data(signs)
-    job.dx, job.dresidual = data(dx, PyBUF_WRITABLE), data(dresidual, PyBUF_WRITABLE)
-    job.streaming = streaming and job.dx != job.x and job.dx != job.dy
+    job.training, job.eps, job.slope = training, eps, slope
+    job.x, job.residual, job.dy = data(x), data(residual), data(dy)
+    job.y, job.dx, job.dresidual = data(y, PyBUF_WRITABLE), data(dx, PyBUF_WRITABLE), data(dresidual, PyBUF_WRITABLE)
+    job.coef, job.signs = data(coef), <uint16_t *>data(signs)
     job.stats, job.affine, job.grads = <double *>data(stats), <double *>data(affine), <double *>data(grads)
-    job.coef, job.part = data(coef), <double *>data(part)
-    cdef const Kernels *kernels = kernels_of(instruction_set, itemsize)
+    job.part = <double *>data(part)
+    job.streaming = streaming and can_stream(&job)
+    cdef const Kernels *kernels = kernels_of(instruction_set, x.itemsize)
+    cdef bint last = columns and rows * columns < n * channels * s, fused = reduce and apply and not split
+    cdef Py_ssize_t t, tasks
+    cdef int step, phase
     with nogil:
-        if reduce and apply and not split:
-            run_phase(kernels, &job, True, FUSED, threads)
-        else:
-            if reduce:
-                run_phase(kernels, &job, True, REDUCE_COLUMNS if columns else REDUCE, threads)
+        if backward and not reduce:
+            kernels.prepare(&job, backward, REDUCE)  # for the output too
+        for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
+            if step == 0:
+                phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
             else:
-                kernels.prepare(&job, True, REDUCE)
-            if apply:
-                run_phase(kernels, &job, True, APPLY_COLUMNS if columns else APPLY, threads)
+                phase = APPLY_COLUMNS if columns else APPLY
+            if backward or step:
+                kernels.prepare(&job, backward, phase)
+            tasks = tasks_of(&job, phase)
+            if threads == 1:
+                for t in range(tasks):
+                    kernels.task(&job, backward, phase, t)
+            else:
+                for t in prange(tasks, num_threads=threads, schedule="static"):
+                    kernels.task(&job, backward, phase, t)
+            if last:
+                kernels.last_row(&job, backward, phase)
+            if step == 0 and not fused:
+                kernels.finish(&job, backward, apply)
 
 
 cdef inline double get(const void *values, Py_ssize_t c, int itemsize) noexcept nogil:

@@ -13,7 +13,7 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, AHEAD = 2048 };
+enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, AHEAD = 2048, DEPTH = 8 };
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
@@ -32,15 +32,15 @@ typedef struct {
 typedef struct {
     Index lanes;
     void (*prepare)(const Job *, int backward, int phase);
-    void (*forward_task)(const Job *, int phase, Index t);
-    void (*backward_task)(const Job *, int phase, Index t);
-    void (*finish)(const Job *, int backward, int phase);
+    void (*task)(const Job *, int backward, int phase, Index t);
+    void (*last_row)(const Job *, int backward, int phase);
+    void (*finish)(const Job *, int backward, int apply);
 } Kernels;
 
 typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
 typedef struct { Index c0, c1; Block block; } Span;          /* a block of some channels */
-typedef struct { Index block, column, width; } Chunk;        /* columns of a block of rows */
+typedef struct { Index first, end, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
 point Index min(Index a, Index b) { return a < b ? a : b; }
 point Index max(Index a, Index b) { return a > b ? a : b; }
@@ -71,9 +71,24 @@ point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }
 point Index group_of(Index columns) { return max(1, GROUP / columns); }
 
 /* Chunk t; the last one of a row takes the rest. */
-point Chunk chunk_of(Index t, Index columns) {
-    const Index chunks = chunks_of(columns), q = t % chunks;
-    return (Chunk){t / chunks, q * CHUNK, q < chunks - 1 ? CHUNK : columns - q * CHUNK};
+point Chunk chunk_of(const Job *job, Index t) {
+    const Index columns = job->columns, chunks = chunks_of(columns), b = t / chunks, q = t % chunks, begin = q * CHUNK;
+    const Index width = q < chunks - 1 ? CHUNK : columns - begin;
+    return (Chunk){b * job->block, min((b + 1) * job->block, job->rows), begin, width, job->part + 2 * b * columns + begin};
+}
+
+/* Number of values behind part b of a channel or column; one in the part of the values that fill no row. */
+point Index size_of(const Job *job, Index b) {
+    if (job->columns) return b < job->blocks ? min(job->block, job->rows - b * job->block) : 1;
+    const Block k = block_of(b, job->n, job->s);
+    return k.rows * k.length;
+}
+
+/* In place the lines are in the cache already; in the column nest rows must begin on a line. */
+static inline int can_stream(const Job *job) {
+    const void *out = job->y ? job->y : job->dx;
+    if (out == job->x || out == job->residual || out == job->dy) return 0;
+    return !job->columns || !(to_line(out, 1) || to_line(job->dresidual, 1));
 }
 
 /* Number of independent tasks of a phase. */
@@ -103,13 +118,13 @@ point void merge(Moments *a, Moments b) {
 }
 
 /* All that follows from the moments of channel c; `affine` holds weight and bias before. */
-point void finish_statistics(const Job *job, Index c, Moments m) {
-    const double var = m.m2 / m.count, invstd = 1 / sqrt(var + job->eps);
+point void finish_statistics(const Job *job, Index c, double mean, double m2) {
+    const double var = m2 / ((double)job->n * job->s), invstd = 1 / sqrt(var + job->eps);
     double *stats = job->stats + c, *affine = job->affine + c;
-    stats[0] = m.mean;
+    stats[0] = mean;
     stats[job->channels] = var;
     stats[2 * job->channels] = invstd;
-    affine[0] = m.mean;
+    affine[0] = mean;
     affine[job->channels] *= invstd;
 }
 

@@ -135,8 +135,11 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     *sum_dot += NAME(total)(dots);
 }
 
-/* Output of `length` values of channel c. */
-point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, Index length, Index c, REAL *y, uint16_t *sign) {
+/* Output of the `length` values of channel c from `at` on. */
+point void NAME(apply_row)(const Job *job, Index at, Index length, Index c, Index word) {
+    const REAL *x = (const REAL *)job->x + at, *residual = job->residual ? (const REAL *)job->residual + at : 0;
+    REAL *y = (REAL *)job->y + at;
+    uint16_t *sign = job->signs ? job->signs + word : 0;
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), none = {0};
@@ -162,9 +165,11 @@ point void NAME(apply_row)(const Job *job, const REAL *x, const REAL *residual, 
     if (i < length) NAME(store)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign));
 }
 
-/* dx, and dresidual if wanted, of `length` values of channel c. */
-point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, Index length, Index c, REAL *dx, REAL *dresidual,
-                              const uint16_t *sign) {
+/* dx, and dresidual if wanted, of the `length` values of channel c from `at` on. */
+point void NAME(gradient_row)(const Job *job, Index at, Index length, Index c, Index word) {
+    const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
+    REAL *dx = (REAL *)job->dx + at, *dresidual = job->dresidual ? (REAL *)job->dresidual + at : 0;
+    const uint16_t *sign = job->signs ? job->signs + word : 0;
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
@@ -195,27 +200,14 @@ point void NAME(gradient_row)(const Job *job, const REAL *dy, const REAL *x, Ind
     }
 }
 
-/* Output of a block of channels c0 to c1. */
-static void NAME(apply_block)(const Job *job, Index c0, Index c1, Block k) {
+/* Output, or dx and dresidual, of a block of channels c0 to c1. */
+static void NAME(apply_block)(const Job *job, Index c0, Index c1, Block k, int backward) {
     const Index words = words_of(job->s, LANES);
     for (Index row = k.first; row < k.first + k.rows; row++)
         for (Index c = c0; c < c1; c++) {
             const Index at = (row * job->channels + c) * job->s + k.column;
-            uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
-            NAME(apply_row)(job, (const REAL *)job->x + at, job->residual ? (const REAL *)job->residual + at : 0, k.length, c,
-                            (REAL *)job->y + at, sign);
-        }
-}
-
-/* dx and dresidual of a block of channels c0 to c1. */
-static void NAME(gradient_block)(const Job *job, Index c0, Index c1, Block k) {
-    const Index words = words_of(job->s, LANES);
-    for (Index row = k.first; row < k.first + k.rows; row++)
-        for (Index c = c0; c < c1; c++) {
-            const Index at = (row * job->channels + c) * job->s + k.column;
-            uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
-            NAME(gradient_row)(job, (const REAL *)job->dy + at, (const REAL *)job->x + at, k.length, c, (REAL *)job->dx + at,
-                               job->dresidual ? (REAL *)job->dresidual + at : 0, sign);
+            const Index word = (row * job->channels + c) * words + k.column / LANES;
+            (backward ? NAME(gradient_row) : NAME(apply_row))(job, at, k.length, c, word);
         }
 }
 
@@ -223,23 +215,28 @@ static void NAME(gradient_block)(const Job *job, Index c0, Index c1, Block k) {
 
 /* Mean and m2 of every column of a chunk of a block of rows, into `part` (blocks, 2, columns). */
 static void NAME(column_moments)(const Job *job, Index t) {
-    const Chunk q = chunk_of(t, job->columns);
-    const Index first = q.block * job->block, end = min(first + job->block, job->rows), rest = q.width % LANES;
-    double *s1 = job->part + 2 * q.block * job->columns + q.column, *s2 = s1 + job->columns;
-    const REAL *origin = (const REAL *)job->x + first * job->columns + q.column;
-    const MW tail = NAME(wide_mask)(NAME(last)(rest));
+    const Chunk q = chunk_of(job, t);
+    const Index columns = job->columns;
+    const REAL *origin = (const REAL *)job->x + q.first * columns + q.column, *x = origin;
+    double *s1 = q.part, *s2 = s1 + columns;
+    const MW tail = NAME(wide_mask)(NAME(last)(q.width % LANES));
     for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
-    const REAL *x = origin;
-    for (Index row = first; row < end; row++, x += job->columns)
+    for (Index row = q.first; row < q.end; row += DEPTH, x += DEPTH * columns)
         for (Index j = 0; j < q.width; j += LANES) {
-            const Index k = min(j, q.width - LANES);
-            W d = NAME(widen)(NAME(load)(x + k)) - NAME(finite)(NAME(widen)(NAME(load)(origin + k)));
-            if (k < j) d = (W)((MW)d & tail);
-            NAME(store_wide)(s1 + k, NAME(load_wide)(s1 + k) + d);
-            NAME(store_wide)(s2 + k, NAME(load_wide)(s2 + k) + d * d);
+            const Index k = min(j, q.width - LANES), depth = min(DEPTH, q.end - row);
+            const W shift = NAME(finite)(NAME(widen)(NAME(load)(origin + k)));
+            W sum1 = NAME(load_wide)(s1 + k), sum2 = NAME(load_wide)(s2 + k);
+            for (Index r = 0; r < depth; r++) {
+                W d = NAME(widen)(NAME(load)(x + r * columns + k)) - shift;
+                if (k < j) d = (W)((MW)d & tail);
+                sum1 += d;
+                sum2 += d * d;
+            }
+            NAME(store_wide)(s1 + k, sum1);
+            NAME(store_wide)(s2 + k, sum2);
         }
     for (Index j = 0; j < q.width; j++) {
-        const double mean = s1[j] / (end - first), m2 = s2[j] - s1[j] * mean;
+        const double mean = s1[j] / (q.end - q.first), m2 = s2[j] - s1[j] * mean;
         s1[j] = mean + (isfinite(origin[j]) ? origin[j] : 0);
         s2[j] = m2 < 0 ? 0 : m2;
     }
@@ -247,274 +244,208 @@ static void NAME(column_moments)(const Job *job, Index t) {
 
 /* Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns). */
 static void NAME(column_gradients)(const Job *job, Index t) {
-    const Chunk q = chunk_of(t, job->columns);
-    const Index first = q.block * job->block, end = min(first + job->block, job->rows);
-    const Index words = words_of(job->columns, LANES);
-    double *dys = job->part + 2 * q.block * job->columns + q.column, *dots = dys + job->columns;
+    const Chunk q = chunk_of(job, t);
+    const Index columns = job->columns, words = words_of(columns, LANES), begin = q.first * columns + q.column;
+    const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
+    const uint16_t *sign = job->signs ? job->signs + q.first * words + q.column / LANES : 0;
     const REAL *coef = (const REAL *)job->coef + q.column, slope = job->slope;
+    double *s1 = q.part, *s2 = s1 + columns;
     const M tail = NAME(last)(q.width % LANES);
-    for (Index j = 0; j < q.width; j++) dys[j] = dots[j] = 0;
-    for (Index row = first; row < end; row++) {
-        const REAL *x = (const REAL *)job->x + row * job->columns + q.column;
-        const REAL *dy = (const REAL *)job->dy + row * job->columns + q.column;
-        const uint16_t *sign = job->signs ? job->signs + row * words + q.column / LANES : 0;
-        for (Index j = 0; j < q.width; j += LANES, sign += sign != 0) {
-            const Index k = min(j, q.width - LANES);
-            V value = NAME(load)(x + k);
-            V g = NAME(gated)(NAME(load)(dy + k), value, NAME(load)(coef + HIGH * job->columns + k),
-                              NAME(load)(coef + SCALE * job->columns + k), NAME(load)(coef + LOW * job->columns + k), slope, sign);
-            if (k < j) g = (V)((M)g & tail);
-            W wide = NAME(widen)(g), d = NAME(widen)(value - NAME(load)(coef + MEAN * job->columns + k));
-            NAME(store_wide)(dys + k, NAME(load_wide)(dys + k) + wide);
-            NAME(store_wide)(dots + k, NAME(load_wide)(dots + k) + wide * d);
+    for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
+    for (Index row = q.first; row < q.end; row += DEPTH, x += DEPTH * columns, dy += DEPTH * columns) {
+        for (Index j = 0; j < q.width; j += LANES) {
+            const Index k = min(j, q.width - LANES), depth = min(DEPTH, q.end - row);
+            const V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
+            const V low = NAME(load)(coef + LOW * columns + k), mean = NAME(load)(coef + MEAN * columns + k);
+            W sum_dy = NAME(load_wide)(s1 + k), dot = NAME(load_wide)(s2 + k);
+            for (Index r = 0; r < depth; r++) {
+                V value = NAME(load)(x + r * columns + k), g = NAME(load)(dy + r * columns + k);
+                g = NAME(gated)(g, value, high, scale, low, slope, sign ? sign + r * words + j / LANES : 0);
+                if (k < j) g = (V)((M)g & tail);
+                sum_dy += NAME(widen)(g);
+                dot += NAME(widen)(g) * NAME(widen)(value - mean);
+            }
+            NAME(store_wide)(s1 + k, sum_dy);
+            NAME(store_wide)(s2 + k, dot);
         }
+        if (sign) sign += DEPTH * words;
     }
 }
 
 /* Output of a row. */
-point void NAME(apply_columns)(const Job *job, const REAL *x, const REAL *residual, REAL *y, uint16_t *sign) {
+point void NAME(apply_columns)(const Job *job, Index row) {
     const REAL *coef = (const REAL *)job->coef, slope = job->slope;
     const Index columns = job->columns, end = columns - LANES;
+    const REAL *x = (const REAL *)job->x + row * columns;
+    const REAL *residual = job->residual ? (const REAL *)job->residual + row * columns : 0;
+    REAL *y = (REAL *)job->y + row * columns;
+    uint16_t *sign = job->signs ? job->signs + row * words_of(columns, LANES) : 0;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : (V){0};
     for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
         const Index k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k);
         V added = k < j || !residual ? last_added : NAME(load)(residual + k);
-        NAME(store)(y + k, NAME(output)(value, added, NAME(load)(coef + HIGH * columns + k),
-                                        NAME(load)(coef + SCALE * columns + k),
-                                        NAME(load)(coef + LOW * columns + k), slope, sign));
+        V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
+        V low = NAME(load)(coef + LOW * columns + k);
+        NAME(put)(y + k, NAME(output)(value, added, high, scale, low, slope, sign), job->streaming);
     }
 }
 
 /* dx, and dresidual if wanted, of a row. */
-point void NAME(gradient_columns)(const Job *job, const REAL *dy, const REAL *x, REAL *dx, REAL *dresidual,
-                                  const uint16_t *sign) {
+point void NAME(gradient_columns)(const Job *job, Index row) {
     const REAL *coef = (const REAL *)job->coef, slope = job->slope;
     const Index columns = job->columns, end = columns - LANES;
+    const REAL *x = (const REAL *)job->x + row * columns, *dy = (const REAL *)job->dy + row * columns;
+    REAL *dx = (REAL *)job->dx + row * columns, *dresidual = job->dresidual ? (REAL *)job->dresidual + row * columns : 0;
+    const uint16_t *sign = job->signs ? job->signs + row * words_of(columns, LANES) : 0;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
     for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
         const Index k = min(j, end);
         V value = k < j ? last : NAME(load)(x + k), g = k < j ? last_dy : NAME(load)(dy + k);
-        V scale = NAME(load)(coef + SCALE * columns + k);
-        g = NAME(gated)(g, value, NAME(load)(coef + HIGH * columns + k), scale,
-                        NAME(load)(coef + LOW * columns + k), slope, sign);
-        NAME(store)(dx + k, NAME(gradient)(g, value, job->training, scale, NAME(load)(coef + MEAN * columns + k),
-                                           NAME(load)(coef + A * columns + k), NAME(load)(coef + B * columns + k)));
-        if (dresidual) NAME(store)(dresidual + k, g);
+        V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
+        V low = NAME(load)(coef + LOW * columns + k), mean = NAME(load)(coef + MEAN * columns + k);
+        V a = NAME(load)(coef + A * columns + k), b = NAME(load)(coef + B * columns + k);
+        g = NAME(gated)(g, value, high, scale, low, slope, sign);
+        NAME(put)(dx + k, NAME(gradient)(g, value, job->training, scale, mean, a, b), job->streaming);
+        if (dresidual) NAME(put)(dresidual + k, g, job->streaming);
     }
 }
 
-/* Output of the t-th group of rows. */
-static void NAME(apply_group)(const Job *job, Index t) {
-    const Index columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
+/* Output, or dx and dresidual, of the t-th group of rows. */
+static void NAME(apply_group)(const Job *job, Index t, int backward) {
+    const Index group = group_of(job->columns);
     for (Index row = t * group; row < min((t + 1) * group, job->rows); row++)
-        NAME(apply_columns)(job, (const REAL *)job->x + row * columns,
-                            job->residual ? (const REAL *)job->residual + row * columns : 0, (REAL *)job->y + row * columns,
-                            job->signs ? job->signs + row * words : 0);
-}
-
-/* dx and dresidual of the t-th group of rows. */
-static void NAME(gradient_group)(const Job *job, Index t) {
-    const Index columns = job->columns, words = words_of(columns, LANES), group = group_of(columns);
-    for (Index row = t * group; row < min((t + 1) * group, job->rows); row++)
-        NAME(gradient_columns)(job, (const REAL *)job->dy + row * columns, (const REAL *)job->x + row * columns,
-                               (REAL *)job->dx + row * columns,
-                               job->dresidual ? (REAL *)job->dresidual + row * columns : 0,
-                               job->signs ? job->signs + row * words : 0);
+        (backward ? NAME(gradient_columns) : NAME(apply_columns))(job, row);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
 
-/* Task t of a phase of the forward kernel. */
-static void NAME(forward_task)(const Job *job, int phase, Index t) {
-    const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
-    switch (phase) {
-    case FUSED:
-        for (Index c = c0; c < c1; c++) {
-            Moments total = {0}, part;
-            for (Index b = 0; b < job->blocks; b++) {
-                part.count = NAME(block_moments)(job, c, b, &part.mean, &part.m2);
-                merge(&total, part);
-            }
-            finish_statistics(job, c, total);
-            NAME(round_affine)(job, c, c);
-        }
-        for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
-            NAME(apply_block)(job, c0, c1, block_of(b, job->n, job->s));
-        break;
-    case REDUCE: {
-        double *part = job->part + 2 * (t % job->blocks) * job->channels + t / job->blocks;
-        NAME(block_moments)(job, t / job->blocks, t % job->blocks, part, part + job->channels);
-        break;
+/* Statistics and coefficients of channel c, all its blocks. */
+static void NAME(fused_moments)(const Job *job, Index c) {
+    Moments total = {0}, part;
+    for (Index b = 0; b < job->blocks; b++) {
+        part.count = NAME(block_moments)(job, c, b, &part.mean, &part.m2);
+        merge(&total, part);
     }
-    case APPLY: {
-        const Span a = span_of(t, job);
-        NAME(apply_block)(job, a.c0, a.c1, a.block);
-        break;
-    }
-    case REDUCE_COLUMNS: NAME(column_moments)(job, t); break;
-    case APPLY_COLUMNS: NAME(apply_group)(job, t); break;
-    }
-    if (job->streaming) fence();
+    finish_statistics(job, c, total.mean, total.m2);
+    NAME(round_affine)(job, c, c);
 }
 
-/* Task t of a phase of the backward kernel. */
-static void NAME(backward_task)(const Job *job, int phase, Index t) {
-    const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
+/* Gradients of weight and bias and coefficients of channel c, all its blocks. */
+static void NAME(fused_gradients)(const Job *job, Index c) {
+    double sum_dy = 0, dot = 0;
+    for (Index b = 0; b < job->blocks; b++) NAME(block_gradients)(job, c, b, &sum_dy, &dot);
+    finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
+    NAME(round_gradient)(job, c, c);
+}
+
+/* Task t of a phase. */
+static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     switch (phase) {
-    case FUSED:
-        for (Index c = c0; c < c1; c++) {
-            double sum_dy = 0, dot = 0;
-            for (Index b = 0; b < job->blocks; b++) NAME(block_gradients)(job, c, b, &sum_dy, &dot);
-            finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
-            NAME(round_gradient)(job, c, c);
-        }
-        for (Index b = job->blocks - 1; b >= 0; b--) NAME(gradient_block)(job, c0, c1, block_of(b, job->n, job->s));
+    case FUSED: {
+        const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
+        for (Index c = c0; c < c1; c++) (backward ? NAME(fused_gradients) : NAME(fused_moments))(job, c);
+        for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
+            NAME(apply_block)(job, c0, c1, block_of(b, job->n, job->s), backward);
         break;
+    }
     case REDUCE: {
-        double *part = job->part + 2 * (t % job->blocks) * job->channels + t / job->blocks;
+        const Index c = t / job->blocks, b = t % job->blocks;
+        double *part = job->part + 2 * b * job->channels + c;
         part[0] = part[job->channels] = 0;
-        NAME(block_gradients)(job, t / job->blocks, t % job->blocks, part, part + job->channels);
+        if (backward) NAME(block_gradients)(job, c, b, part, part + job->channels);
+        else NAME(block_moments)(job, c, b, part, part + job->channels);
         break;
     }
     case APPLY: {
         const Span a = span_of(t, job);
-        NAME(gradient_block)(job, a.c0, a.c1, a.block);
+        NAME(apply_block)(job, a.c0, a.c1, a.block, backward);
         break;
     }
-    case REDUCE_COLUMNS: NAME(column_gradients)(job, t); break;
-    case APPLY_COLUMNS: NAME(gradient_group)(job, t); break;
+    case REDUCE_COLUMNS: (backward ? NAME(column_gradients) : NAME(column_moments))(job, t); break;
+    case APPLY_COLUMNS: NAME(apply_group)(job, t, backward); break;
     }
     if (job->streaming) fence();
 }
 
 /* --- between phases ----------------------------------------------------------------------------------------------- */
 
-/* Mean and m2 of every channel into the first two rows of `stats`: all its parts, in order. The values that fill no row
-   of the column nest have a part each. */
-static void NAME(merge_moments)(const Job *job) {
-    const Index columns = job->columns, pixel = job->channels * job->s, rest = job->n * pixel - job->rows * columns;
-    const REAL *x = (const REAL *)job->x + job->rows * columns;
-    for (Index c = 0; c < job->channels; c++) {
-        Moments total = {0};
-        for (Index b = 0; b < job->blocks && !columns; b++) {
-            const Block k = block_of(b, job->n, job->s);
-            const double *part = job->part + 2 * b * job->channels + c;
-            merge(&total, (Moments){k.rows * k.length, part[0], part[job->channels]});
-        }
-        for (Index begin = c * job->s; begin < columns; begin += pixel)
-            for (Index j = begin; j < begin + job->s; j++) {
-                for (Index b = 0; b < job->blocks; b++) {
-                    const double *part = job->part + 2 * b * columns + j;
-                    merge(&total, (Moments){min(job->block, job->rows - b * job->block), part[0], part[columns]});
-                }
-                if (j < rest) merge(&total, (Moments){1, x[j], 0});
-            }
-        job->stats[c] = total.mean;
-        job->stats[job->channels + c] = total.m2;
-    }
-}
-
-/* The values that fill no row, padded with zeros to one. */
-static void NAME(pad)(const Job *job, const REAL *x, REAL *row) {
-    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
-    for (Index j = 0; j < job->columns; j++) row[j] = x && j < rest ? x[begin + j] : 0;
-}
-
-static void NAME(unpad)(const Job *job, const REAL *row, REAL *y) {
-    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
-    for (Index j = 0; j < rest && y; j++) y[begin + j] = row[j];
-}
-
-static uint16_t *NAME(last_sign)(const Job *job) {
-    return job->signs ? job->signs + job->rows * words_of(job->columns, LANES) : 0;
-}
-
-/* Output of the values that fill no row. */
-static void NAME(apply_last_row)(const Job *job) {
-    REAL x[LONGEST_FOLD], residual[LONGEST_FOLD], y[LONGEST_FOLD];
-    NAME(pad)(job, job->x, x);
-    NAME(pad)(job, job->residual, residual);
-    NAME(apply_columns)(job, x, residual, y, NAME(last_sign)(job));
-    NAME(unpad)(job, y, job->y);
-}
-
-/* dx and dresidual of the values that fill no row. */
-static void NAME(gradient_last_row)(const Job *job) {
-    REAL x[LONGEST_FOLD], dy[LONGEST_FOLD], dx[LONGEST_FOLD], dresidual[LONGEST_FOLD];
-    NAME(pad)(job, job->x, x);
-    NAME(pad)(job, job->dy, dy);
-    NAME(gradient_columns)(job, dy, x, dx, dresidual, NAME(last_sign)(job));
-    NAME(unpad)(job, dx, job->dx);
-    NAME(unpad)(job, dresidual, job->dresidual);
-}
-
-/* Both sums of every channel into the first two rows of `grads`: all its parts, in order. The values that fill no row
-   are the last block. */
-static void NAME(merge_gradients)(const Job *job) {
-    const Index columns = job->columns, pixel = job->channels * job->s;
-    const Index rest = columns ? job->n * pixel - job->rows * columns : 0;
-    if (rest) {
-        REAL x[LONGEST_FOLD], dy[LONGEST_FOLD];
-        NAME(pad)(job, job->x, x);
-        NAME(pad)(job, job->dy, dy);
-        Job row = *job;
-        row.x = x, row.dy = dy, row.rows = row.block = 1, row.signs = NAME(last_sign)(job);
-        row.part = job->part + 2 * job->blocks * columns;
-        for (Index t = 0; t < chunks_of(columns); t++) NAME(column_gradients)(&row, t);
-    }
-    for (Index c = 0; c < job->channels; c++) {
-        double sum_dy = 0, dot = 0;
-        for (Index b = 0; b < job->blocks && !columns; b++) {
-            const double *part = job->part + 2 * b * job->channels + c;
-            sum_dy += part[0];
-            dot += part[job->channels];
-        }
-        for (Index begin = c * job->s; begin < columns; begin += pixel)
-            for (Index j = begin; j < begin + job->s; j++)
-                for (Index b = 0; b < job->blocks + (j < rest); b++) {
-                    const double *part = job->part + 2 * b * columns + j;
-                    sum_dy += part[0];
-                    dot += part[columns];
-                }
-        job->grads[c] = sum_dy;
-        job->grads[job->channels + c] = dot;
-    }
-}
-
-/* What comes before a phase, serially: coefficients for every channel or, repeated as the channels are, every column. */
+/* What comes before a phase: coefficients for every channel or, repeated as the channels are, every column. */
 static void NAME(prepare)(const Job *job, int backward, int phase) {
-    const Index repeats = job->columns ? job->columns / (job->channels * job->s) : 1, length = job->columns ? job->s : 1;
-    const Index width = repeats * job->channels * length;
+    const Index width = job->columns ? job->columns : job->channels, length = job->columns ? job->s : 1;
     const int apply = phase == APPLY || phase == APPLY_COLUMNS;
-    Index j = 0;
-    for (Index q = 0; q < repeats; q++)
-        for (Index c = 0; c < job->channels; c++)
-            for (Index k = 0; k < length; k++, j++) {
-                if (backward ? !apply : apply) NAME(round_affine)(job, j, c);
-                if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
-                if (backward && apply) NAME(round_gradient)(job, j, c);
-            }
+    for (Index j = 0, c = 0, k = 0; j < width; j++) {
+        if (backward != apply) NAME(round_affine)(job, j, c);
+        if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
+        if (backward && apply) NAME(round_gradient)(job, j, c);
+        if (++k == length) k = 0, c++;
+        if (c == job->channels) c = 0;
+    }
 }
 
-/* What comes after a phase, serially. */
-static void NAME(finish)(const Job *job, int backward, int phase) {
-    const int reduce = phase == REDUCE || phase == REDUCE_COLUMNS;
-    if (reduce) (backward ? NAME(merge_gradients) : NAME(merge_moments))(job);
-    if (reduce && !backward && job->affine)
-        for (Index c = 0; c < job->channels; c++)
-            finish_statistics(job, c, (Moments){job->n * job->s, job->stats[c], job->stats[job->channels + c]});
-    if (reduce && backward)
-        for (Index c = 0; c < job->channels; c++) {
-            double *sum_dy = job->grads + c, *dot = sum_dy + job->channels, mean = job->stats[c];
-            if (job->dx) finish_gradient(job, c, (REAL)mean, *sum_dy, *dot);
-            else *dot -= (mean - (REAL)mean) * *sum_dy;
+/* What comes after a reduction: the parts of every channel together, in order, and what follows if it is wanted. */
+static void NAME(finish)(const Job *job, int backward, int apply) {
+    const Index columns = job->columns, channels = job->channels, length = columns ? job->s : 1;
+    const Index width = columns ? columns : channels;
+    const Index rest = columns ? job->n * channels * job->s - job->rows * columns : 0;
+    for (Index c = 0; c < channels; c++) {
+        Moments total = {0};
+        double sum_dy = 0, dot = 0;
+        for (Index begin = c * length; begin < width; begin += channels * length)
+            for (Index j = begin; j < begin + length; j++)
+                for (Index b = 0; b < job->blocks + (j < rest); b++) {
+                    const double *part = job->part + 2 * b * width + j;
+                    if (backward) sum_dy += part[0], dot += part[width];
+                    else merge(&total, (Moments){size_of(job, b), part[0], part[width]});
+                }
+        if (apply && backward) finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
+        else if (apply) finish_statistics(job, c, total.mean, total.m2);
+        else if (backward) {
+            const double mean = job->stats[c];
+            job->grads[c] = sum_dy;
+            job->grads[channels + c] = dot - (mean - (REAL)mean) * sum_dy;
+        } else {
+            job->stats[c] = total.mean;
+            job->stats[channels + c] = total.m2;
         }
-    if (phase == APPLY_COLUMNS && job->rows * job->columns < job->n * job->channels * job->s)
-        (backward ? NAME(gradient_last_row) : NAME(apply_last_row))(job);
+    }
 }
 
-static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(forward_task), NAME(backward_task), NAME(finish)};
+/* The values that fill no row, in a row padded with zeros; NULL if there are no values at all. */
+static REAL *NAME(padded)(const Job *job, const void *values, REAL *row) {
+    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    for (Index j = 0; j < job->columns && values; j++) row[j] = j < rest ? ((const REAL *)values)[begin + j] : 0;
+    return values ? row : 0;
+}
+
+/* Copy the values that fill no row from their padded row. */
+static void NAME(unpadded)(const Job *job, const void *row, void *values) {
+    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    for (Index j = 0; j < rest && values; j++) ((REAL *)values)[begin + j] = ((const REAL *)row)[j];
+}
+
+/* A phase of the column nest for the values that fill no row: a job of one row, and its parts are the last. */
+static void NAME(last_row)(const Job *job, int backward, int phase) {
+    REAL x[LONGEST_FOLD], dy[LONGEST_FOLD], residual[LONGEST_FOLD];
+    REAL y[LONGEST_FOLD], dx[LONGEST_FOLD], dresidual[LONGEST_FOLD];
+    Job row = *job;
+    row.rows = row.block = 1, row.streaming = 0, row.part = job->part + 2 * job->blocks * job->columns;
+    row.x = NAME(padded)(job, job->x, x), row.dy = NAME(padded)(job, job->dy, dy);
+    if (job->signs) row.signs = job->signs + job->rows * words_of(job->columns, LANES);
+    if (phase == REDUCE_COLUMNS) {
+        for (Index t = 0; t < chunks_of(job->columns); t++)
+            (backward ? NAME(column_gradients) : NAME(column_moments))(&row, t);
+        return;
+    }
+    row.residual = NAME(padded)(job, job->residual, residual), row.y = NAME(padded)(job, job->y, y);
+    row.dx = NAME(padded)(job, job->dx, dx), row.dresidual = NAME(padded)(job, job->dresidual, dresidual);
+    NAME(apply_group)(&row, 0, backward);
+    NAME(unpadded)(job, row.y, job->y);
+    NAME(unpadded)(job, row.dx, job->dx);
+    NAME(unpadded)(job, row.dresidual, job->dresidual);
+}
+
+static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish)};
 
 #undef V
 #undef M

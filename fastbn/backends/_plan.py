@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastbn._engine import cache_bytes, is_intel
 
@@ -71,13 +70,6 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
     task = n * run * s * itemsize * reads
     ahead = run * s if task <= cache_bytes(2) // 4 else 0
     return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks, ahead)
-
-
-def workspace(cut: Plan, c: int, coefficients: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Room for the coefficients of every channel or column, and for the sums of every block where they are needed."""
-    width = cut.columns or c
-    coef = np.empty(coefficients * width, dtype)
-    return coef, np.empty(2 * (cut.blocks + 1) * width) if cut.split else _NOTHING
 
 
 def _folded_row(pixel: int) -> int:

@@ -38,11 +38,12 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
-from fastbn._arrays import EMPTY, NO_SIGNS, Array
+from fastbn._arrays import EMPTY, Array
 from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, linking, make_job
-from fastbn.backends._plan import BLOCK, LANES, Plan, plan, workspace
+from fastbn.backends._operations import Operations
+from fastbn.backends._plan import BLOCK, LANES
 from fastbn.backends._vectors import (
     ahead_of,
     bits,
@@ -797,8 +798,6 @@ def _update_running(running_mean, running_var, stats, count, factor):
 
 # --- adapters: what `fastbn.backends` promises ------------------------------------------------------------------------
 
-_NOTHING = np.empty(0)
-
 THREADS = {"kernel": 3}  # the kernels with parallel loops, and which argument says on how many threads
 _SOURCE = digest_of((sys.modules[__name__], _vectors, _job, _plan))  # all that the kernels are compiled from
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
@@ -819,12 +818,12 @@ def _argument_types(kernel: str, real: types.Type) -> tuple[types.Type, ...]:
 
     flag, size, wide = types.boolean, types.intp, types.float64
     given, result = array(real), array(real, 1, False)
-    rows, rows_in, part = array(wide, 2, False), array(wide, 2), array(wide, 1, False)
+    rows, rows_in = array(wide, 2, False), array(wide, 2)
     return {
         "kernel": (
             *(flag, flag, flag, size, flag, flag, *(size,) * 9, flag, wide, wide),
             *(given, given, given, result, result, result, result, array(types.uint16, 1, False)),
-            *(rows, rows, rows, part),
+            *(rows, rows, rows, array(wide, 1, False)),
         ),
         "fold": (given, given, given, given, wide, rows, rows),
         "update_running": (result, result, rows_in, size, wide),
@@ -875,8 +874,8 @@ def _layer() -> str:
         return "not started"
 
 
-def _cut(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan:
-    return plan(n, c, s, itemsize, reads, arrays, min(_engine.get_num_threads(), config.NUMBA_NUM_THREADS))
+def _threads() -> int:
+    return min(_engine.get_num_threads(), int(config.NUMBA_NUM_THREADS))
 
 
 def warmup() -> None:
@@ -886,128 +885,18 @@ def warmup() -> None:
             _compiled(kernel, dtype)
 
 
-def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
-    """Number of uint16 words that `signs` needs."""
-    return _plan.sign_words(n, c, s)
-
-
-def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
-    """Mean and sum of squared deviations of every channel."""
-    cut = _cut(n, c, s, x.itemsize, 1, 1)._replace(split=True)
-    _, part = workspace(cut, c, 0, x.dtype)
-    none, stats = EMPTY[x.dtype], np.empty((2, c))
-    kernel = _compiled("kernel", x.dtype)
-    kernel(
-        False, True, False, *cut, n, c, s, True, 0.0, 1.0, x, none, none, none, none, none, none, NO_SIGNS,
-        stats, stats, stats, part,
-    )  # fmt: skip
-    mean[:], m2[:] = stats
-
-
-def forward(
-    x: Array,
-    residual: Array,
-    weight: Array,
-    bias: Array,
-    eps: float,
-    slope: float,
-    n: int,
-    c: int,
-    s: int,
-    y: Array,
-    signs: Array,
-    stats: Array,
-    affine: Array,
-) -> None:
-    """Training: the batch's statistics, then the output."""
-    cut = _cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2)
-    coef, part = workspace(cut, c, 3, x.dtype)
-    affine[1] = weight if weight.size else 1.0
-    affine[2] = bias if bias.size else 0.0
-    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
-    kernel(
-        False, True, True, *cut, n, c, s, True, eps, slope, x, residual, none, y, none, none, coef, signs,
-        stats, affine, affine, part,
-    )  # fmt: skip
-
-
-def transform(
-    x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
-) -> None:
-    """y = activation((x - center) * scale + shift + residual)."""
-    cut = _cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2)
-    coef, _ = workspace(cut, c, 3, x.dtype)
-    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
-    kernel(
-        False, False, True, *cut, n, c, s, True, 0.0, slope, x, residual, none, y, none, none, coef, signs,
-        affine, affine, affine, _NOTHING,
-    )  # fmt: skip
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    stats: Array,
-    affine: Array,
-    training: bool,
-    slope: float,
-    signs: Array,
-    n: int,
-    c: int,
-    s: int,
-    dx: Array,
-    dresidual: Array,
-    dweight: Array,
-    dbias: Array,
-) -> None:
-    """Gradients of input, residual, weight and bias."""
-    cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
-    coef, part = workspace(cut, c, 6, x.dtype)
-    grads = np.empty((4, c))
-    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
-    kernel(
-        True, True, True, *cut, n, c, s, training, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs,
-        stats, affine, grads, part,
-    )  # fmt: skip
-    dweight[:] = grads[0]
-    dbias[:] = grads[1]
-
-
-def gradient_sums(
-    dy: Array, x: Array, stats: Array, affine: Array, slope: float, signs: Array, n: int, c: int, s: int, sums: Array
-) -> None:
-    """Sums of dy behind the activation, and of it times x - mean."""
-    cut = _cut(n, c, s, x.itemsize, 2, 2)._replace(split=True)
-    coef, part = workspace(cut, c, 6, x.dtype)
-    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
-    kernel(
-        True, True, False, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, none, none, coef, signs,
-        stats, affine, sums, part,
-    )  # fmt: skip
-
-
-def gradient_apply(
-    dy: Array,
-    x: Array,
-    stats: Array,
-    affine: Array,
-    slope: float,
-    signs: Array,
-    n: int,
-    c: int,
-    s: int,
-    dx: Array,
-    dresidual: Array,
-    grads: Array,
-) -> None:
-    """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-    cut = _cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3)
-    coef, _ = workspace(cut, c, 6, x.dtype)
-    none, kernel = EMPTY[x.dtype], _compiled("kernel", x.dtype)
-    kernel(
-        True, False, True, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs,
-        stats, affine, grads, _NOTHING,
-    )  # fmt: skip
+_operations = Operations(functools.partial(_compiled, "kernel"), _threads, lambda _: LANES)
+sign_words, moments, forward, transform = (
+    _operations.sign_words,
+    _operations.moments,
+    _operations.forward,
+    _operations.transform,
+)
+backward, gradient_sums, gradient_apply = (
+    _operations.backward,
+    _operations.gradient_sums,
+    _operations.gradient_apply,
+)
 
 
 def fold(
