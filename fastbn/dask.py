@@ -261,7 +261,15 @@ def _join(parts: Any) -> Moments:
     known = [part for part in _flat(parts) if part.mean.size]
     if not known:
         raise ValueError("there must be at least one channel, but all chunks of channels are empty")
-    return Moments(known[0].count, *(np.concatenate([getattr(m, name) for m in known]) for name in ("mean", "m2")))
+    return _plain(*(_side_by_side([(getattr(m, name), m.mean.shape) for m in known]) for name in Moments.__slots__))
+
+
+def _side_by_side(fields: list[tuple[Any, tuple[int, ...]]]) -> Any:
+    """One field of all channels: arrays in a row, and numbers as they are where they agree."""
+    first = fields[0][0]
+    if all(np.ndim(value) == 0 and value == first for value, _ in fields):
+        return first
+    return np.concatenate([np.broadcast_to(value, shape) for value, shape in fields])
 
 
 def _scale_shift_block(

@@ -212,9 +212,14 @@ class _BatchNorm:
     # --- parameters and modes ---
 
     @property
+    def _vectors(self) -> dict[str, Array]:
+        """Weight and bias, as far as there are any, whether trained or not."""
+        return self.params
+
+    @property
     def weight(self) -> Array | None:
-        """Scale of the normalised values, (C,), or None. Assigning copies into ``params["weight"]``."""
-        return self.params.get("weight")
+        """Scale of the normalised values, (C,), or None. Assigning copies into the array that is there."""
+        return self._vectors.get("weight")
 
     @weight.setter
     def weight(self, values: ArrayLike) -> None:
@@ -222,17 +227,17 @@ class _BatchNorm:
 
     @property
     def bias(self) -> Array | None:
-        """Shift of the normalised values, (C,), or None. Assigning copies into ``params["bias"]``."""
-        return self.params.get("bias")
+        """Shift of the normalised values, (C,), or None. Assigning copies into the array that is there."""
+        return self._vectors.get("bias")
 
     @bias.setter
     def bias(self, values: ArrayLike) -> None:
         self._assign("bias", values)
 
     def _assign(self, key: str, values: ArrayLike) -> None:
-        if key not in self.params:
+        if key not in self._vectors:
             raise AttributeError(f"this {type(self).__name__} has no {key}")
-        self.params[key][:] = channel_vector(values, key, self.num_features)
+        self._vectors[key][:] = channel_vector(values, key, self.num_features)
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's statistics from now on (or not, with False). Returns self."""
@@ -254,8 +259,8 @@ class _BatchNorm:
         """Weight 1, bias 0, and `reset_running_stats`."""
         self.reset_running_stats()
         for key, value in (("weight", 1), ("bias", 0)):
-            if key in self.params:
-                self.params[key][:] = value
+            if key in self._vectors:
+                self._vectors[key][:] = value
 
     # --- checkpoints and deployment ---
 

@@ -546,35 +546,13 @@ class FrozenBatchNorm(_Variant):
         self.num_batches_tracked = None
 
     @property
-    def weight(self) -> Array:
-        """Scale of the normalised values, (C,). Assigning copies."""
-        return self._constants["weight"]
-
-    @weight.setter
-    def weight(self, values: ArrayLike) -> None:
-        self._assign("weight", values)
-
-    @property
-    def bias(self) -> Array:
-        """Shift of the normalised values, (C,). Assigning copies."""
-        return self._constants["bias"]
-
-    @bias.setter
-    def bias(self, values: ArrayLike) -> None:
-        self._assign("bias", values)
-
-    def _assign(self, key: str, values: ArrayLike) -> None:
-        self._constants[key][:] = channel_vector(values, key, self.num_features)
+    def _vectors(self) -> dict[str, Array]:
+        return self._constants
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1."""
         super().reset_running_stats()
         self.num_batches_tracked = None
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
-        self.reset_running_stats()
-        self.weight, self.bias = np.ones(self.num_features), np.zeros(self.num_features)
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> IncompatibleKeys:
         """Take over the state of a frozen or of a trainable layer, as `BatchNorm2d.load_state_dict`."""
