@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,9 +93,13 @@ MUTATIONS = (
 )
 
 
-def tests_fail(tree: Path, file: str, tests: tuple[str, ...]) -> bool:
-    """Run tests on the backend that a file belongs to."""
-    backend = {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy"}[file]
+def backend_of(mutation: Mutation) -> str:
+    """Return the backend whose tests must notice."""
+    return {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy"}[mutation.file]
+
+
+def tests_fail(tree: Path, backend: str, tests: Iterable[str]) -> bool:
+    """Run tests on a backend."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", backend, *tests]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if run.returncode > 1:  # 1 says that tests failed, any other number that there were none to run
@@ -113,7 +118,7 @@ def survives(mutation: Mutation, tree: Path) -> bool:
     try:
         if path.suffix == ".h":
             build_extension(tree / "fastbn_ext", "-O1", "-w")
-        return not tests_fail(tree, mutation.file, mutation.tests)
+        return not tests_fail(tree, backend_of(mutation), mutation.tests)
     finally:
         path.write_text(text, encoding="utf-8")
 
@@ -126,9 +131,10 @@ def main() -> None:
         tree = Path(name)
         copy_tree(tree)
         build_extension(tree / "fastbn_ext", "-O1", "-w")
-        for file, tests in sorted({(mutation.file, mutation.tests) for mutation in chosen}):
-            if tests_fail(tree, file, tests):
-                sys.exit(f"{' '.join(tests)} fail for {file} as it is: nothing can be said")
+        for backend in sorted({backend_of(mutation) for mutation in chosen}):
+            tests = {test for mutation in chosen if backend_of(mutation) == backend for test in mutation.tests}
+            if tests_fail(tree, backend, sorted(tests)):
+                sys.exit(f"tests of {backend} fail without any mutation: nothing can be said")
         for mutation in chosen:
             start = time.perf_counter()
             try:
