@@ -68,26 +68,26 @@ point void NAME(far_ahead)(const REAL *x, Index i, Index length, Index stride, I
 static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
     const Block k = block_of(b, job->n, job->s);
     const REAL *x = (const REAL *)job->x + (k.first * job->channels + c) * job->s + k.column;
-    const double shift = isfinite(x[0]) ? x[0] : 0;
-    const W around = NAME(splat_wide)(shift);
-    W s1 = {0}, s2 = {0};
+    const REAL shift = isfinite(x[0]) ? x[0] : 0;
+    const V beyond = NAME(splat)(shift); /* stands in lanes that count no more */
+    const W around = NAME(widen)(beyond);
+    W s1 = NAME(splat_wide)(0), s2 = s1;
     const Index rest = k.length % LANES, stride = job->channels * job->s;
     const REAL *limit = (const REAL *)job->x + job->n * stride;
     const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
-    const MW tail = NAME(wide_mask)(NAME(last)(rest));
+    const M tail = NAME(last)(rest);
     for (Index r = 0; r < k.rows; r++, x += stride) {
         for (Index i = 0; i + LANES <= k.length; i += LANES) {
             if (far) NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
-            W d = NAME(widen)(NAME(load)(x + i)) - around;
-            s1 += d;
-            s2 += d * d;
+            W d = NAME(minus)(NAME(widen)(NAME(load)(x + i)), around);
+            s1 = NAME(plus)(s1, d);
+            s2 = NAME(fused)(d, d, s2);
         }
         if (rest) {
-            W d = NAME(widen)(NAME(load)(x + k.length - LANES)) - around;
-            d = (W)((MW)d & tail);
-            s1 += d;
-            s2 += d * d;
+            W d = NAME(minus)(NAME(widen)(NAME(where)(tail, NAME(load)(x + k.length - LANES), beyond)), around);
+            s1 = NAME(plus)(s1, d);
+            s2 = NAME(fused)(d, d, s2);
         }
     }
     const Index count = k.rows * k.length;
@@ -108,7 +108,7 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     const REAL *limit = (const REAL *)job->x + job->n * stride, *dy_limit = (const REAL *)job->dy + job->n * stride;
     const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
-    W dys = {0}, dots = {0};
+    W dys = NAME(splat_wide)(0), dots = dys;
     for (Index row = k.first; row < k.first + k.rows; row++) {
         const Index begin = (row * job->channels + c) * job->s + k.column;
         const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
@@ -120,15 +120,15 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
             }
             V value = NAME(load)(x + i);
             W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
-            dys += g;
-            dots += g * NAME(widen)(value - mean);
+            dys = NAME(plus)(dys, g);
+            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
         }
         if (rest) {
             V value = NAME(load)(x + k.length - LANES);
             V gate = NAME(gated)(NAME(load)(dy + k.length - LANES), value, high, scale, low, slope, sign);
             W g = NAME(widen)((V)((M)gate & tail));
-            dys += g;
-            dots += g * NAME(widen)(value - mean);
+            dys = NAME(plus)(dys, g);
+            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
         }
     }
     *sum_dy += NAME(total)(dys);
@@ -219,18 +219,19 @@ static void NAME(column_moments)(const Job *job, Index t) {
     const Index columns = job->columns;
     const REAL *origin = (const REAL *)job->x + q.first * columns + q.column, *x = origin;
     double *s1 = q.part, *s2 = s1 + columns;
-    const MW tail = NAME(wide_mask)(NAME(last)(q.width % LANES));
+    const M tail = NAME(last)(q.width % LANES);
     for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
     for (Index row = q.first; row < q.end; row += DEPTH, x += DEPTH * columns)
         for (Index j = 0; j < q.width; j += LANES) {
             const Index k = min(j, q.width - LANES), depth = min(DEPTH, q.end - row);
-            const W shift = NAME(finite)(NAME(widen)(NAME(load)(origin + k)));
+            const V shift = NAME(finite)(NAME(load)(origin + k));
             W sum1 = NAME(load_wide)(s1 + k), sum2 = NAME(load_wide)(s2 + k);
             for (Index r = 0; r < depth; r++) {
-                W d = NAME(widen)(NAME(load)(x + r * columns + k)) - shift;
-                if (k < j) d = (W)((MW)d & tail);
-                sum1 += d;
-                sum2 += d * d;
+                V value = NAME(load)(x + r * columns + k);
+                if (k < j) value = NAME(where)(tail, value, shift);
+                W d = NAME(minus)(NAME(widen)(value), NAME(widen)(shift));
+                sum1 = NAME(plus)(sum1, d);
+                sum2 = NAME(fused)(d, d, sum2);
             }
             NAME(store_wide)(s1 + k, sum1);
             NAME(store_wide)(s2 + k, sum2);
@@ -262,8 +263,8 @@ static void NAME(column_gradients)(const Job *job, Index t) {
                 V value = NAME(load)(x + r * columns + k), g = NAME(load)(dy + r * columns + k);
                 g = NAME(gated)(g, value, high, scale, low, slope, sign ? sign + r * words + j / LANES : 0);
                 if (k < j) g = (V)((M)g & tail);
-                sum_dy += NAME(widen)(g);
-                dot += NAME(widen)(g) * NAME(widen)(value - mean);
+                sum_dy = NAME(plus)(sum_dy, NAME(widen)(g));
+                dot = NAME(fused)(NAME(widen)(g), NAME(widen)(value - mean), dot);
             }
             NAME(store_wide)(s1 + k, sum_dy);
             NAME(store_wide)(s2 + k, dot);
@@ -450,5 +451,6 @@ static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(las
 #undef V
 #undef M
 #undef W
-#undef MW
+#undef D
+#undef WIDE
 #undef LANES
