@@ -102,10 +102,11 @@ from fastbn.backends import numba_
 kernel = numba_._compiled("update_running", np.dtype("f4"))
 print(sum(kernel.stats.cache_hits.values()))
 """
-    old = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
-    hits = [python(code, NUMBA_CACHE_DIR=str(folder), **env).stdout.strip() for env in ({}, old, old)]
-    assert hits == ["0", "0", "1"]
+    compiled()
+    old = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2", "NUMBA_CACHE_DIR": str(folder)}
+    assert python(code, **old).stdout.strip() == "0"
     assert len(list(folder.iterdir())) == 2
+    assert compiled() == "loaded"
 
 
 def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | None:

@@ -19,7 +19,9 @@ from odd import ARRAYS, THINGS, Producer, for_pytorch
 
 import fastbn
 
-ERRORS = (ValueError, TypeError, RuntimeError, OverflowError, AttributeError)
+LAYERS = (fastbn.BatchNorm1d, fastbn.BatchNorm2d, fastbn.BatchNorm3d, fastbn.GhostBatchNorm, fastbn.BatchRenorm)
+LAYERS += (fastbn.RunningBatchNorm, fastbn.FrozenBatchNorm)
+ERRORS = (OSError, ValueError, TypeError, RuntimeError, OverflowError, AttributeError)
 
 RNG = np.random.default_rng(0)
 X, DY, RESIDUAL = (RNG.standard_normal((4, 3, 5), np.float32) for _ in range(3))
@@ -139,8 +141,8 @@ TARGETS = {
     "Moments.var": Target(fastbn.Moments.var, {"ddof": 1.0}, lambda: fastbn.Moments(7, MEAN, VAR)),
     "Moments.std": Target(fastbn.Moments.std, {"ddof": 1.0}, lambda: fastbn.Moments(7, MEAN, VAR)),
     "BatchNorm1d": Target(lambda **given: fastbn.BatchNorm1d(**given)(X), LAYER),
-    "BatchNorm2d": Target(lambda **given: fastbn.BatchNorm2d(**given)(X[:, :, None]), LAYER),
-    "BatchNorm3d": Target(lambda **given: fastbn.BatchNorm3d(**given)(X[:, :, None, None]), LAYER),
+    "BatchNorm2d": Target(fastbn.BatchNorm2d.__call__, {"x": X[:, :, None]}, lambda: fastbn.BatchNorm2d(3)),
+    "BatchNorm3d": Target(fastbn.BatchNorm3d.__call__, {"x": X[:, :, None, None]}, lambda: fastbn.BatchNorm3d(3)),
     "GhostBatchNorm": Target(lambda **given: fastbn.GhostBatchNorm(**given)(X), {**LAYER, "virtual_batch_size": 2}),
     "BatchRenorm": Target(
         lambda **given: fastbn.BatchRenorm(**given)(X), {**UNTRACKED, "momentum": 0.3, "r_max": 2.0, "d_max": 1.0}
@@ -187,6 +189,7 @@ TARGETS = {
     "fold_state_dict": Target(
         fastbn.fold_state_dict, {"state": STATE, "pairs": [("conv", "bn")], "eps": 1e-3, "transposed": ()}
     ),
+    "onnx.fold": Target(fastbn.onnx.fold, {"model": "no such file"}),
     "set_backend": Target(kept(fastbn.set_backend, fastbn.get_backend), {"value": "numpy"}),
     "use_backend": Target(use, {"name": "numpy"}),
     "set_num_threads": Target(kept(fastbn.set_num_threads, fastbn.get_num_threads), {"value": 1}),
@@ -243,7 +246,7 @@ def state_of(value: Any) -> Any:
         return {key: state_of(part) for key, part in value.items()}
     if isinstance(value, fastbn.Moments):
         return value.count, state_of(value.mean), state_of(value.m2)
-    if isinstance(value, fastbn.BatchNorm1d):
+    if isinstance(value, LAYERS):
         return {key: id(part) if key == "_saved" else state_of(part) for key, part in vars(value).items()}
     return value if isinstance(value, int | float | str) and value == value else id(value)
 
@@ -300,7 +303,7 @@ def named(said: str, names: Iterable[str], value: Any) -> bool:
     """Whether a message tells which argument it is about, or what was given for it."""
     if any(("batch norm" if name == "bn" else name) in said for name in names):
         return True
-    words = [type(value).__name__]
+    words = [type(value).__name__, "'.'" if isinstance(value, str) and not value else ""]  # the path of no name
     with suppress(Exception):
         words.append(repr(value)[:40])
         a = np.asarray(value)
@@ -326,7 +329,7 @@ def odd_ones(valid: Any, torch: Any) -> dict[str, Callable[[], Any]]:
     return values
 
 
-ALONE = tuple(name for name in TARGETS if name.startswith(("Moments", "fold", "set_", "use_", "layer.load")))
+ALONE = tuple(name for name in TARGETS if name.startswith(("Moments", "fold", "onnx", "set_", "use_", "layer.load")))
 ALONE = tuple(name for name in ALONE if name != "Moments.update")  # no kernel is behind these
 
 

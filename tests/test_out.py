@@ -78,9 +78,25 @@ def folded(m, out):
     return fold(m.array("x"), residual=m.array("residual"), out=out)
 
 
+def variant(cls, *options):
+    def run(m, out):
+        bn = cls(4, *options, activation="relu")
+        y = bn(m.array("x"), residual=m.array("residual"), out=out)
+        return y, bn.running_mean, bn.running_var
+
+    def run_backward(m, out):
+        bn = cls(4, *options)
+        bn(m.array("x"))
+        return bn.backward(m.array("dy"), out=out), *bn.grads.values()
+
+    return {cls.__name__: run, f"{cls.__name__}, backward": run_backward}
+
+
 OPERATIONS: dict[str, Callable[[Memory, Any], Any]] = {
     f.__name__: f for f in (forward, train, evaluate, scale_shift, backward, layer, layer_backward, folded)
 }
+OPERATIONS |= variant(fastbn.GhostBatchNorm, 2) | variant(fastbn.BatchRenorm)
+OPERATIONS |= variant(fastbn.RunningBatchNorm) | variant(fastbn.FrozenBatchNorm)
 
 
 def results(result: Any) -> list[np.ndarray]:
