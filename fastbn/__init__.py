@@ -21,6 +21,7 @@ from fastbn.folding import fold_conv, fold_into_next_conv, fold_linear, fold_sca
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_forward, moments, scale_shift
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, ScaleShift
 from fastbn.moments import Moments
+from fastbn.recalibration import recalibrate
 from fastbn.variants import BatchRenorm, FrozenBatchNorm, GhostBatchNorm, RunningBatchNorm
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "get_num_threads",
     "get_pool_limit",
     "moments",
+    "recalibrate",
     "release_pool",
     "scale_shift",
     "set_backend",

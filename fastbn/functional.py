@@ -28,6 +28,7 @@ from fastbn._arrays import (
     view,
     writable_in_place,
 )
+from fastbn._channels import finish_statistics
 from fastbn._engine import kernels
 from fastbn._memory import empty_like
 from fastbn.moments import Moments
@@ -46,6 +47,7 @@ class Saved(NamedTuple):
     batch: bool  # whether the statistics were the batch's own
     residual: bool
     overwritten: bool  # the output lies over x
+    total: int | None = None  # values a channel behind the statistics, where they are not this batch's alone
 
 
 # --- public functions ---------------------------------------------------------------------------------------------
@@ -271,6 +273,32 @@ def _normalize_batch(
     else:
         stats[:], affine[:] = np.nan, 0.0
     saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv))
+    return _delivered(y, target), saved
+
+
+def _normalize_merged(
+    xv: View,
+    residual: Any,
+    weight: Array,
+    bias: Array,
+    eps: float,
+    slope: float,
+    out: Array | None,
+    merged: Callable[[int, Array, Array], tuple[int, Array, Array]],
+) -> tuple[Array, Saved]:
+    """Training forward with the statistics that `merged` makes of the batch's count, mean and m2."""
+    eps = real(eps, "eps")
+    if not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    target, y, res, signs = _prepare(xv, residual, slope, out, (weight, bias))
+    size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
+    if xv.flat.size:
+        kernels().moments(xv.flat, *size, mean, m2)
+    total, mean, m2 = merged(xv.n * xv.s, mean, m2)
+    stats, affine = finish_statistics(max(total, 1), mean, m2, weight, bias, eps)
+    if xv.flat.size:
+        kernels().transform(xv.flat, res, affine, slope, *size, flat(y), signs)
+    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv), total)
     return _delivered(y, target), saved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from fastbn._arrays import (
     truth,
     view,
 )
+from fastbn._comm import BACKWARD, Detour, ranks_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
@@ -60,6 +62,7 @@ class _BatchNorm:
         axis: int = 1,
         dtype: DTypeLike = np.float32,
         activation: Activation = None,
+        comm: Any = None,
     ) -> None:
         self.num_features = _positive_integer(num_features, "num_features")
         self.eps = _eps(eps)
@@ -80,6 +83,7 @@ class _BatchNorm:
             if truth(bias, "bias"):
                 self.params["bias"] = np.zeros(self.num_features, self.dtype)
         self._make_buffers()
+        self.comm = comm
 
     def _make_buffers(self) -> None:
         tracked = self.track_running_stats
@@ -111,25 +115,32 @@ class _BatchNorm:
         ------
         ValueError, TypeError
             For a wrong rank, channel count or dtype, and in training for one value per channel. The layer stays as it
-            was.
+            was. With `comm`, an error on one rank in training is an error on all, and no rank's layer changes.
         """
-        array = floating(x)
-        if array.ndim not in self._ranks:
-            expected = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {expected} input (got {array.ndim}D input)")
-        xv = view(array, self.axis)
-        if xv.c != self.num_features:
-            raise ValueError(
-                f"expected {self.num_features} channels on axis {self.axis}, "
-                f"got {xv.c} in an input of shape {array.shape}"
-            )
-        weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
-        running = self._running(self.training)
-        if type(self.momentum) is not float:
-            self.momentum = _momentum(self.momentum)
-        if self.training or running is None:
-            if out is not None and running is not None:
+        try:
+            array = floating(x)
+            if array.ndim not in self._ranks:
+                expected = " or ".join(f"{rank}D" for rank in self._ranks)
+                raise ValueError(f"expected {expected} input (got {array.ndim}D input)")
+            xv = view(array, self.axis)
+            if xv.c != self.num_features:
+                raise ValueError(
+                    f"expected {self.num_features} channels on axis {self.axis}, "
+                    f"got {xv.c} in an input of shape {array.shape}"
+                )
+            weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
+            running = self._running(self.training)
+            if type(self.momentum) is not float:
+                self.momentum = _momentum(self.momentum)
+            if out is not None and running is not None and self.training:
                 check_apart(out, *running)
+        except Exception as error:
+            if self._detour is not None and self.training:
+                self._detour.refuse(error)
+            raise
+        if self._detour is not None and self.training:
+            y, saved = self._detour.forward(self, xv, residual, out, weight, bias, running)
+        elif self.training or running is None:
             y, saved = F._normalize_batch(xv, residual, weight, bias, self.eps, self._slope, out)
             if self.training and self.track_running_stats and running is not None and array.size:
                 self._track(running, saved, xv.n * xv.s)
@@ -168,16 +179,23 @@ class _BatchNorm:
             If `dy` has not the input's shape and dtype.
         """
         saved = self._saved
-        if saved is None:
-            raise RuntimeError("backward needs a forward before it: call the layer on its input first")
-        if saved.overwritten:
-            raise RuntimeError("backward needs the input, but the forward's out= overwrote it")
+        if saved is None or saved.overwritten:
+            error = RuntimeError(
+                "backward needs a forward before it: call the layer on its input first"
+                if saved is None
+                else "backward needs the input, but the forward's out= overwrote it"
+            )
+            if self._detour is not None and (self.training if saved is None else saved.total is not None):
+                self._detour.refuse(error, BACKWARD)
+            raise error
         dx, dresidual, dweight, dbias = self._gradients(dy, saved, out)
         self._saved = None
         self.grads = {key: grad for key, grad in (("weight", dweight), ("bias", dbias)) if key in self.params}
         return dx if dresidual is None else (dx, dresidual)
 
     def _gradients(self, dy: Any, saved: F.Saved, out: Array | None) -> tuple[Array, Array | None, Array, Array]:
+        if self._detour is not None:
+            return self._detour.gradients(self, saved, dy, out)
         return F._gradients(dy, saved, self.dtype, out)
 
     def _running(self, update: bool = False) -> tuple[Array, Array] | None:
@@ -215,6 +233,18 @@ class _BatchNorm:
     def _vectors(self) -> dict[str, Array]:
         """Weight and bias, as far as there are any, whether trained or not."""
         return self.params
+
+    @property
+    def comm(self) -> Any:
+        """The communicator whose ranks train this layer together, or None; assigning drops the last forward."""
+        return self._comm
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        if comm is not None and type(self).__call__ is not _BatchNorm.__call__:
+            raise TypeError(f"a {type(self).__name__} takes no communicator")
+        self._detour: Detour | None = ranks_of(comm, self.num_features)
+        self._comm, self._saved = comm, None
 
     @property
     def weight(self) -> Array | None:
@@ -334,7 +364,20 @@ class _BatchNorm:
         return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": None}
+        return {**self.__dict__, "_saved": None, "_comm": None, "_detour": None}
+
+    def __copy__(self) -> Self:
+        return self._copied(self.__getstate__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._copied(copy.deepcopy(self.__getstate__(), memo))
+
+    def _copied(self, state: dict[str, Any]) -> Self:
+        """A layer with this state and the same communicator."""
+        layer = object.__new__(type(self))
+        layer.__dict__.update(state)
+        layer.comm = self.comm
+        return layer
 
     def __repr__(self) -> str:
         extras = ""
@@ -376,6 +419,10 @@ _PARAMETERS = """
         its own; statistics accumulate in float64.
     activation : None, "relu" or ("leaky_relu", slope)
         Applied in the same pass over memory.
+    comm : mpi4py communicator, optional
+        Its ranks train together: statistics are those of all ranks' batches, and `backward` gives the `dx` of the whole
+        batch, while `grads` stay local and add up to the whole batch's. Every rank calls the layer, on batches of any
+        size or none, and in the same mode. In eval mode ranks do not communicate.
 
     Attributes
     ----------
@@ -389,7 +436,8 @@ _PARAMETERS = """
     -----
     Normalisation uses the biased variance, the running variance takes the unbiased one, as in PyTorch. An empty batch
     changes nothing. The layer keeps a reference to its last input until `backward`; `fold` gives an inference form
-    that keeps none.
+    that keeps none. A copy shares the communicator; pickling drops it, since it means nothing elsewhere: assign `comm`
+    after loading.
 
     References
     ----------
