@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_SHORT = (np.float16, np.uint8, np.uint16, np.int8, np.int16)
+MEASURED: tuple[np.dtype[Any], ...] = (*FLOATS, *map(np.dtype, _SHORT))  # what statistics are taken of
 EMPTY = {dtype: np.empty(0, dtype) for dtype in FLOATS}
 NO_SIGNS = np.empty(0, np.uint16)
 
@@ -36,8 +38,8 @@ class View(NamedTuple):
     s: int
 
 
-def floating(x: Any, name: str = "x") -> Array:
-    """`x` as an array of float32 or float64.
+def floating(x: Any, name: str = "x", dtypes: tuple[np.dtype[Any], ...] = FLOATS) -> Array:
+    """`x` as an array of float32 or float64, or of one of the given dtypes.
 
     Raises
     ------
@@ -46,8 +48,9 @@ def floating(x: Any, name: str = "x") -> Array:
     """
     if type(x) is not np.ndarray:
         x = converted(x, name)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32 or float64, got {_dtype_in_words(x.dtype)}")
+    if x.dtype not in dtypes:
+        expected = f"{', '.join(map(str, dtypes[:-1]))} or {dtypes[-1]}"
+        raise TypeError(f"{name} must be {expected}, got {_dtype_in_words(x.dtype, dtypes)}")
     array: Array = x
     return array
 
@@ -79,8 +82,8 @@ def converted(x: Any, name: str) -> Array:
         raise kind(f"{name} cannot be made an array, got {described(x)} ({type(error).__name__}: {error})") from error
 
 
-def _dtype_in_words(dtype: np.dtype[Any]) -> str:
-    if dtype.newbyteorder("=") in FLOATS:
+def _dtype_in_words(dtype: np.dtype[Any], dtypes: tuple[np.dtype[Any], ...]) -> str:
+    if dtype.newbyteorder("=") in dtypes:
         return f"{dtype.newbyteorder('=')} in foreign byte order; x.astype({dtype.newbyteorder('=')!s}) converts it"
     return str(dtype)
 

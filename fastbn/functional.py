@@ -14,9 +14,11 @@ from numpy.typing import ArrayLike
 
 from fastbn._arrays import (
     EMPTY,
+    MEASURED,
     NO_SIGNS,
     Array,
     View,
+    channel_axis,
     channel_vector,
     check_apart,
     check_out,
@@ -31,7 +33,7 @@ from fastbn._arrays import (
 from fastbn._channels import finish_statistics
 from fastbn._engine import kernels
 from fastbn._memory import empty_like
-from fastbn.moments import Moments
+from fastbn.moments import Moments, NanPolicy
 
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_forward", "moments", "scale_shift"]
 
@@ -236,21 +238,28 @@ def scale_shift(x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int =
     return _transform(xv, None, affine, 1.0, out)[0]
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+def moments(
+    x: ArrayLike,
+    *,
+    axis: int = 1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    nan_policy: NanPolicy = "propagate",
+) -> Moments:
     """Count, mean and m2 of every channel of `x`, in one pass.
 
     Parameters
     ----------
-    x : array_like of float32 or float64
-    axis : int
-        The channel axis.
+    x, axis, where, weights, nan_policy
+        As for `Moments.update`.
 
     Returns
     -------
     Moments
     """
-    array = _at_least_1d(floating(x))
-    return Moments.empty(view(array, axis).c).update(array, axis)
+    array = _at_least_1d(floating(x, dtypes=MEASURED))
+    channels = array.shape[channel_axis(axis, array.ndim)]
+    return Moments.empty(channels).update(array, axis, where=where, weights=weights, nan_policy=nan_policy)
 
 
 # --- what layers are made of ----------------------------------------------------------------------------------------

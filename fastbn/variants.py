@@ -113,7 +113,7 @@ class _Variant(_BatchNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
         mean, m2 = np.zeros(xv.c), np.zeros(xv.c)
         if xv.flat.size:
-            kernels().moments(xv.flat, xv.n, xv.c, xv.s, mean, m2)
+            kernels().moments(xv.flat, xv.n, xv.c, xv.s, mean, np.empty(xv.c), m2)
         return mean, m2
 
     def _batch_axis(self, x: Array) -> int:

@@ -60,3 +60,16 @@ def update_running(
     channels: int,
     itemsize: int,
 ) -> None: ...
+def image_sums(
+    dtype: int,
+    threads: int,
+    tasks: int,
+    length: int,
+    pieces: int,
+    piece: int,
+    width: int,
+    tile: int,
+    whole: bool,
+    x: NDArray[Any],
+    part: NDArray[Any],
+) -> None: ...

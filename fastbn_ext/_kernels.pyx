@@ -41,6 +41,13 @@ cdef extern from "dispatch.h" nogil:
     int has_instruction_set(int index)
     Py_ssize_t tasks_of(const Job *, int phase)
     int can_stream(const Job *)
+    ctypedef struct ImageJob:
+        Py_ssize_t length, pieces, piece, width, tile
+        int whole
+        const void *x
+        void *part
+    ctypedef void (*ImageTask)(const ImageJob *, Py_ssize_t) noexcept nogil
+    ImageTask image_task_of(int index, int dtype)
 
 cdef extern from *:
     """
@@ -183,3 +190,22 @@ def update_running(running_mean, running_var, stats, Py_ssize_t count, double fa
         put(means, c, itemsize, (1 - factor) * get(means, c, itemsize) + factor * stat[c])
         put(variances, c, itemsize,
             (1 - factor) * get(variances, c, itemsize) + factor * (unbiased * stat[channels + c]))
+
+
+def image_sums(
+    int dtype, int threads, Py_ssize_t tasks, Py_ssize_t length, Py_ssize_t pieces, Py_ssize_t piece, Py_ssize_t width,
+    Py_ssize_t tile, bint whole, x, part,
+):
+    """Statistics of every task: see images.h."""
+    cdef ImageJob job
+    job.length, job.pieces, job.piece, job.width, job.tile, job.whole = length, pieces, piece, width, tile, whole
+    job.x, job.part = data(x), data(part, PyBUF_WRITABLE)
+    cdef ImageTask task = image_task_of(instruction_set, dtype)
+    cdef Py_ssize_t t
+    with nogil:
+        if threads == 1:
+            for t in range(tasks):
+                task(&job, t)
+        else:
+            for t in prange(tasks, num_threads=threads, schedule="static"):
+                task(&job, t)

@@ -4,6 +4,7 @@
 #define FASTBN_DISPATCH_H
 
 #include "common.h"
+#include "image_job.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
@@ -29,6 +30,7 @@
 #define VECTOR_BYTES 16
 #define ISA baseline
 #include "both_types.h"
+#include "image_types.h"
 #undef VECTOR_BYTES
 #undef ISA
 
@@ -36,12 +38,13 @@
 #define VECTOR_BYTES 32
 #define ISA avx2
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "both_types.h"
+#include "image_types.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -53,12 +56,13 @@
 #define VECTOR_BYTES 64
 #define ISA avx512
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
 #include "both_types.h"
+#include "image_types.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -77,7 +81,7 @@ static const char *const instruction_sets[] = {
 };
 enum { NUM_INSTRUCTION_SETS = sizeof instruction_sets / sizeof *instruction_sets };
 
-/* Whether this CPU has the instruction set. */
+/* Whether this CPU has the instruction set. Every one with AVX2 has F16C too, which Clang cannot ask for. */
 static inline int has_instruction_set(int index) {
 #if X86
     __builtin_cpu_init();
@@ -98,6 +102,17 @@ static inline const Kernels *kernels_of(int index, int itemsize) {
         {&kernels_float_baseline, &kernels_double_baseline},
     };
     return table[index][itemsize == 8];
+}
+
+/* Task of the statistics of image data; `dtype` is an index into IMAGE_DTYPES of fastbn/backends/cython_.py. */
+static inline ImageTask image_task_of(int index, int dtype) {
+    static const ImageTask *const table[] = {
+#if X86
+        image_tasks_avx512, image_tasks_avx2,
+#endif
+        image_tasks_baseline,
+    };
+    return table[index][dtype];
 }
 
 #endif

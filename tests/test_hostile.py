@@ -219,7 +219,7 @@ def plain(value: Any, valid: Any) -> Any:
     if value is None:
         return None
     if isinstance(valid, int):
-        return operator.index(value) if hasattr(value, "__index__") else value
+        return operator.index(value) if hasattr(value, "__index__") and np.asarray(value).dtype.kind != "f" else value
     return float(value) if isinstance(valid, float) and not isinstance(value, str | bytes) else value
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn._arrays import EMPTY, NO_SIGNS
-from fastbn.backends import _plan
+from fastbn.backends import _images, _plan, numpy_
 from fastbn.backends._plan import Plan, plan
 
 Array = NDArray[Any]
@@ -32,6 +32,8 @@ class Operations:
         On how many threads to compute.
     lanes : callable
         Number of values in a vector, from the size of one in bytes.
+    image_kernel_of : callable
+        The kernel for statistics of image data of a dtype, or None where there is none.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class Operations:
         kernel_of: Callable[[np.dtype[Any]], Callable[..., None]],
         threads: Callable[[], int],
         lanes: Callable[[int], int],
+        image_kernel_of: Callable[[np.dtype[Any]], Callable[..., None] | None],
     ) -> None:
         self._kernel_of = kernel_of
         self._threads = threads
         self._lanes = lanes
+        self._image_kernel_of = image_kernel_of
 
     def _cut(self, n: int, c: int, s: int, itemsize: int, reads: int, arrays: int) -> Plan:
         return plan(n, c, s, itemsize, reads, arrays, self._threads())
@@ -51,8 +55,11 @@ class Operations:
         """Number of uint16 words that `signs` needs."""
         return _plan.sign_words(n, c, s, self._lanes(itemsize))
 
-    def moments(self, x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
-        """Mean and sum of squared deviations of every channel."""
+    def moments(self, x: Array, n: int, c: int, s: int, mean: Array, rest: Array, m2: Array) -> None:
+        """Mean, what rounding took from it, and sum of squared deviations of every channel."""
+        if _images.takes(x.dtype, c, s):
+            self._image_moments(x, n, c, s, mean, rest, m2)
+            return
         cut = self._cut(n, c, s, x.itemsize, 1, 1)
         none, stats = EMPTY[x.dtype], np.empty((2, c))
         self._kernel_of(x.dtype)(
@@ -60,6 +67,17 @@ class Operations:
             *(stats, _NO_ROWS, _NO_ROWS, _parts(cut, c)),
         )
         mean[:], m2[:] = stats
+        rest[:] = 0.0
+
+    def _image_moments(self, x: Array, n: int, c: int, s: int, mean: Array, rest: Array, m2: Array) -> None:
+        kernel = self._image_kernel_of(x.dtype)
+        if kernel is None:
+            numpy_.moments(x, n, c, s, mean, rest, m2)
+            return
+        cut = _images.cut(n, c, s, x.itemsize, self._threads())
+        part = _images.room(cut, x.dtype)
+        kernel(*cut, x, part)
+        _images.finish(part, cut, n, c, s, mean, rest, m2)
 
     def forward(
         self,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import _engine
+from fastbn._arrays import FLOATS
+from fastbn.backends import _images
 from fastbn.backends._operations import Operations
 from fastbn_ext import _kernels
 
@@ -14,12 +19,18 @@ Array = NDArray[Any]
 
 NAME = "cython"
 
+IMAGE_DTYPES = (*_images.INTEGERS, _images.HALF, *FLOATS)  # in the order of image_types.h
+
 
 def warmup() -> None:
     """Nothing to prepare: the kernels are compiled."""
 
 
-_operations = Operations(lambda _: _kernels.kernel, _engine.get_num_threads, _kernels.lanes)
+def _image_kernel_of(dtype: np.dtype[Any]) -> Callable[..., None]:
+    return functools.partial(_kernels.image_sums, IMAGE_DTYPES.index(dtype))
+
+
+_operations = Operations(lambda _: _kernels.kernel, _engine.get_num_threads, _kernels.lanes, _image_kernel_of)
 sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,

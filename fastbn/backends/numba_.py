@@ -839,18 +839,23 @@ def _compiled(kernel: str, real: np.dtype[Any]) -> Any:
 
 @functools.cache
 def _compiled_once(kernel: str, real: np.dtype[Any]) -> Any:
-    parallel = kernel in THREADS
-    function = njit(nogil=True, error_model="numpy", parallel=parallel)(globals()[f"_{kernel}"])
-    if _SOURCE is not None:
-        function._cache = Cache(f"{kernel}-{real}", _SOURCE)
+    signature = types.void(*_argument_types(kernel, from_dtype(real)))
+    return prepared(globals()[f"_{kernel}"], f"{kernel}-{real}", _SOURCE, signature, THREADS.get(kernel))
+
+
+def prepared(python: Any, name: str, source: str | None, signature: Any, threads: int | None) -> Any:
+    """Compile a kernel or load it; argument `threads`, if any, says on how many threads its parallel loops run."""
+    function = njit(nogil=True, error_model="numpy", parallel=threads is not None)(python)
+    if source is not None:
+        function._cache = Cache(name, source)
     try:
-        function.compile(types.void(*_argument_types(kernel, from_dtype(real))))
+        function.compile(signature)
     except ValueError as error:
         settings = f"NUMBA_THREADING_LAYER is {config.THREADING_LAYER!r}, NUMBA_THREADING_LAYER_PRIORITY "
         settings += repr(" ".join(config.THREADING_LAYER_PRIORITY))
         raise RuntimeError(f"Numba cannot prepare the kernels ({settings}): {error}") from error
     function.disable_compile()
-    return _one_at_a_time(function, THREADS[kernel]) if parallel and _layer() == "workqueue" else function
+    return _one_at_a_time(function, threads) if threads is not None and _layer() == "workqueue" else function
 
 
 def _one_at_a_time(kernel: Any, position: int) -> Any:
@@ -885,7 +890,13 @@ def warmup() -> None:
             _compiled(kernel, dtype)
 
 
-_operations = Operations(functools.partial(_compiled, "kernel"), _threads, lambda _: LANES)
+def _image_kernel_of(dtype: np.dtype[Any]) -> Any:
+    from fastbn.backends import _numba_images
+
+    return _numba_images.kernel_of(dtype)
+
+
+_operations = Operations(functools.partial(_compiled, "kernel"), _threads, lambda _: LANES, _image_kernel_of)
 sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn._merge import merge
+from fastbn._merge import merge_compensated
 
 Array = NDArray[Any]
 
@@ -33,19 +33,23 @@ def sign_words(n: int, c: int, s: int, itemsize: int) -> int:
     return -(-n * c * s // 16)
 
 
-def moments(x: Array, n: int, c: int, s: int, mean: Array, m2: Array) -> None:
-    """Mean and sum of squared deviations of every channel, block by block."""
+def moments(x: Array, n: int, c: int, s: int, mean: Array, rest: Array, m2: Array) -> None:
+    """Mean, what rounding took from it, and sum of squared deviations of every channel, block by block."""
     count = 0
-    mean[:] = m2[:] = 0.0
+    mean[:] = rest[:] = m2[:] = 0.0
     with np.errstate(all="ignore"):
         for part in _parts(n, c, s):
             block = _wide(x, n, c, s)(part)
-            block_mean = block.mean((0, 2))
-            # The mean of a constant need not be that constant; its distance from any of the block's values is harmless.
-            block_mean = np.where((block == block[:1, :, :1]).all((0, 2)), block[0, :, 0], block_mean)
-            size = block.shape[0] * block.shape[2]
-            merged = merge(count, mean, m2, size, block_mean, np.square(block - block_mean[:, None]).sum((0, 2)))
-            mean[:], m2[:] = merged
+            shift = np.where(np.isfinite(block[0, :, 0]), block[0, :, 0], 0.0)
+            shift = shift + (block - shift[:, None]).mean((0, 2))  # exact where the block is constant
+            shift = np.where(np.isfinite(shift), shift, 0.0)
+            deviations = block - shift[:, None]
+            block_rest, size = deviations.mean((0, 2)), block.shape[0] * block.shape[2]
+            block_m2 = np.square(deviations - block_rest[:, None]).sum((0, 2))
+            infinite = ~np.isfinite(block_rest)
+            shift[infinite], block_rest[infinite] = block_rest[infinite], 0.0
+            merged = merge_compensated(count, mean, rest, m2, size, shift, block_rest, block_m2)
+            mean[:], rest[:], m2[:] = merged
             count += size
 
 
@@ -66,7 +70,7 @@ def forward(
 ) -> None:
     """Training: the batch's statistics, then the output."""
     mean, var, invstd = stats
-    moments(x, n, c, s, mean, var)
+    moments(x, n, c, s, mean, np.empty(c), var)
     with np.errstate(all="ignore"):
         var /= n * s
         invstd[:] = 1 / np.sqrt(var + eps)
