@@ -186,15 +186,13 @@ class GhostBatchNorm(_Variant):
             check_apart(out, *running)
         target, y, _, _ = F._prepare(xv, residual, 1.0, out, (weight, bias))
         residual = None if residual is None else floating(residual)
-        parts = self._parts(xv)
-        saved = []
+        parts, saved = self._parts(xv), []
         for part in parts:
-            of_part = None if residual is None else residual[part]
-            inputs = view(xv.array[part], self.axis)
-            saved.append(F._normalize_batch(inputs, of_part, weight, bias, self.eps, self._slope, y[part])[1])
-        for of_part in saved:
-            if running is not None and xv.flat.size:
-                self._track(running, of_part, of_part.x.n * of_part.x.s)
+            inputs, added = view(xv.array[part], self.axis), None if residual is None else residual[part]
+            saved.append(F._normalize_batch(inputs, added, weight, bias, self.eps, self._slope, y[part])[1])
+        if running is not None and xv.flat.size:
+            for ghost in saved:
+                self._track(running, ghost, ghost.x.n * ghost.x.s)
         nothing = np.empty((3, 0))
         overwritten = F._overlap(target, xv)
         whole = F.Saved(xv, nothing, nothing, NO_SIGNS, self._slope, True, residual is not None, overwritten)
@@ -206,7 +204,8 @@ class GhostBatchNorm(_Variant):
         samples = xv.array.shape[axis]
         if not samples:
             return []
-        size = -(-samples // -(-samples // self.virtual_batch_size))
+        wanted = _positive_integer(self.virtual_batch_size, "virtual_batch_size")
+        size = -(-samples // -(-samples // wanted))
         values = xv.n * xv.s // samples
         if values == 1 and (size == 1 or samples % size == 1):
             raise ValueError(
@@ -226,8 +225,8 @@ class GhostBatchNorm(_Variant):
         dx = out if out is not None and writable_in_place(out, saved.x, (dy, x)) else empty_like(x)
         dresidual = empty_like(x) if saved.residual else None
         sums = np.zeros((2, saved.x.c))
-        for part, of_part in self._detail:
-            _, through, *grads = F._gradients(dy[part], of_part, sums.dtype, dx[part])
+        for part, ghost in self._detail:
+            _, through, *grads = F._gradients(dy[part], ghost, sums.dtype, dx[part])
             sums += grads
             if dresidual is not None:
                 dresidual[part] = through
