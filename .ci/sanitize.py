@@ -1,6 +1,6 @@
 """The tests on an extension that is built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python .ci/sanitize.py [ARGUMENT ...]      arguments go to pytest; without any, all that come to the extension are run
+    python .ci/sanitize.py [ARGUMENT ...]      go to pytest; without any, all that reach the extension run
 
 A read or write outside an array, a use of freed memory, a misaligned access, an overflow of a signed number or of a
 shift ends the run. Leaks are not looked for: Python keeps what it allocates at start until it ends, and what an import
