@@ -158,7 +158,8 @@ def get_num_threads() -> int:
     """Number of threads that the compiled backends use: `set_num_threads`, else ``FASTBN_NUM_THREADS``, else all CPUs.
 
     A child process made by ``os.fork`` computes on one thread, whatever is set, because the OpenMP runtimes do not
-    survive a fork: they would hang it, or end it.
+    survive a fork: they would hang it, or end it. So does, on Linux, a forked child that imports fastbn first, where
+    its parent had such a runtime.
     """
     global _num_threads
     if _forked or _one_thread.get():
@@ -203,12 +204,22 @@ def _forked_from_threads() -> bool:
     try:
         with open("/proc/self/stat") as file:
             flags = int(file.read().rpartition(")")[2].split()[6])
-        if not flags & 0x40:  # PF_FORKNOEXEC
+        if not flags & 0x40 or not _has_openmp("self"):  # PF_FORKNOEXEC
             return False
-        with open("/proc/self/maps") as file:
-            libraries = file.read()
     except (OSError, ValueError, IndexError):
         return False
+    try:
+        # What the parent has not was loaded here, and is whole. Orphans are adopted, by process 1 or another program.
+        parent = str(os.getppid())
+        adopted = parent == "1" or os.readlink(f"/proc/{parent}/exe") != os.readlink("/proc/self/exe")
+        return adopted or _has_openmp(parent)
+    except OSError:
+        return True
+
+
+def _has_openmp(process: str) -> bool:
+    with open(f"/proc/{process}/maps") as file:
+        libraries = file.read()
     return any(name in libraries for name in ("libgomp", "libomp", "libiomp5"))
 
 
@@ -267,7 +278,7 @@ def show_config() -> None:
         ("Python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})"),
         ("NumPy", np.__version__),
         ("backend", f"{backend.NAME} (available: {', '.join(available_backends())})"),
-        ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs"),
+        ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs{' (a forked process)' if _forked else ''}"),
         ("CPU features", _cpu_features()),
         ("CPU caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
     ]

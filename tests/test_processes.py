@@ -110,6 +110,7 @@ def test_threads_and_forked_children(layer):
 FIRST = """
 {parent}
 def compute():
+    {child}
     steps(0)
     import fastbn
     assert fastbn.get_num_threads() == {threads}
@@ -123,9 +124,29 @@ def double(x):
         x[i] *= 2
 double(np.ones(100000))
 """
+OPENMP = "import ctypes; ctypes.CDLL('libgomp.so.1')"
+# The parent is gone when its child imports fastbn, which another process has adopted.
+ORPHAN = """
+receive, send = os.pipe()
+def daemon():
+    if not os.fork():
+        parent = os.getppid()
+        while os.getppid() == parent:
+            threading.Event().wait(0.01)
+        try:
+            compute()
+            os.write(send, b"right")
+        finally:
+            os._exit(0)
+in_child(daemon)
+os.close(send)
+assert os.read(receive, 9) == b"right"
+"""
 PARENTS = {
-    "nothing": ("", "fastbn._engine.usable_cpus()"),
-    "Numba": (NUMBA, "1"),
+    "nothing": ("", "", "fastbn._engine.usable_cpus()"),
+    "nothing, but the child has OpenMP": ("", OPENMP, "fastbn._engine.usable_cpus()"),
+    "OpenMP": (OPENMP, "", "1"),
+    "Numba": (NUMBA, "", "1"),
 }
 
 
@@ -133,5 +154,9 @@ PARENTS = {
 @pytest.mark.parametrize("parent", PARENTS)
 def test_a_child_that_is_the_first_to_import_fastbn(parent):
     """OpenMP threads that the parent had are gone, although nothing in fastbn saw it use them."""
-    code, threads = PARENTS[parent]
-    python(STEPS + FIRST.format(parent=code, threads=threads), **LAYERS["omp"])
+    before, child, threads = PARENTS[parent]
+    layer = LAYERS["omp" if parent == "Numba" else "cython"]
+    python(STEPS + FIRST.format(parent=before, child=child, threads=threads), **layer)
+    orphan = FIRST.replace("in_child(compute)", ORPHAN)
+    if parent == "OpenMP":
+        python(STEPS + orphan.format(parent=before, child=child, threads=threads), **layer)
