@@ -20,7 +20,7 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -43,7 +43,15 @@ from fastbn.moments import Moments
 __all__ = ["DaskMoments", "moments", "scale_shift"]
 
 
-def moments(array: da.Array, axis: int = 1, *, split_every: int = 16, **options: Any) -> DaskMoments:
+def moments(
+    array: da.Array,
+    axis: int = 1,
+    *,
+    where: da.Array | ArrayLike | None = None,
+    weights: da.Array | ArrayLike | None = None,
+    split_every: int = 16,
+    **options: Any,
+) -> DaskMoments:
     """Count, mean and m2 of every channel of a Dask array, in one pass over its chunks.
 
     Each chunk is measured where it lies and merged with its neighbours in a tree, in an order that depends on the
@@ -56,10 +64,12 @@ def moments(array: da.Array, axis: int = 1, *, split_every: int = 16, **options:
         unknown, and chunks may be empty.
     axis : int
         The channel axis.
+    where, weights : dask.array.Array or array_like, optional
+        Which values count, and how much, as in `Moments.update`; rechunked like `array` where they are not.
     split_every : int
         How many statistics are merged in one task, at least 2 and about this many.
     **options
-        Passed to `Moments.update` with each chunk.
+        Passed to `Moments.update` with each chunk: ``nan_policy="omit"``.
 
     Returns
     -------
@@ -74,11 +84,32 @@ def moments(array: da.Array, axis: int = 1, *, split_every: int = 16, **options:
         For an axis that the array has not, no channels, or a `split_every` below 2.
     """
     channel = _channel_of(array, axis)
-    Moments.empty(1).update(np.empty([int(i == channel) for i in range(array.ndim)], array.dtype), channel, **options)
-    reduced = [i for i in range(array.ndim) if i != channel]
-    parts = da.reduction(
+    chosen = {
+        name: _beside(array, values, name, channel)
+        for name, values in (("where", where), ("weights", weights))
+        if values is not None
+    }
+    nothing = np.empty([int(i == channel) for i in range(array.ndim)], array.dtype)
+    options_of_one = options | {name: np.ones((1,) * array.ndim, values.dtype) for name, values in chosen.items()}
+    Moments.empty(1).update(nothing, channel, **options_of_one)  # refuses what it would refuse in a task
+    axes = tuple(range(array.ndim))
+    measured = da.blockwise(
+        _measure,
+        axes,
         array,
-        partial(_measure, channel=channel, options=options),
+        axes,
+        *(part for values in chosen.values() for part in (values, axes)),
+        channel=channel,
+        names=tuple(chosen),
+        options=options,
+        dtype=object,
+        meta=np.empty((0,) * array.ndim, object),
+        align_arrays=False,
+    )
+    reduced = [i for i in axes if i != channel]
+    parts = da.reduction(
+        measured,
+        _itself,
         _merge,
         axis=reduced,
         dtype=object,
@@ -234,16 +265,17 @@ def _rebuilt(graph: Any, rebuild: Callable[..., da.Array], args: tuple[Any, ...]
 # Dask brings the parallelism: each of them computes on one thread.
 
 
-def _measure(
-    block: Array, *, channel: int, options: dict[str, Any], computing_meta: bool = False, **_: Any
-) -> Moments | Array:
-    if computing_meta:  # Dask asks what kind of array comes out, and statistics are none
-        return np.empty((0,) * block.ndim, object)
+def _measure(block: Array, *chosen: Array, channel: int, names: tuple[str, ...], options: dict[str, Any]) -> Moments:
     measured = Moments.empty(block.shape[channel])
     if not block.size:
         return measured
     with one_thread():
-        return measured.update(block, channel, **options)
+        return measured.update(block, channel, **(options | dict(zip(names, chosen, strict=True))))
+
+
+def _itself(part: Any, **_: Any) -> Any:
+    """What Dask's reductions do with each chunk, where a chunk is a Moments already."""
+    return part
 
 
 def _merge(parts: Any, **_: Any) -> Moments:
@@ -292,6 +324,31 @@ def _channel_of(array: Any, axis: int) -> int:
     if array.shape[channel] == 0:
         raise ValueError(f"there must be at least one channel, got none on axis {axis} of shape {array.shape}")
     return channel
+
+
+def _beside(array: da.Array, values: Any, name: str, channel: int) -> da.Array:
+    """Values that broadcast against `array`, with its number of axes and its chunks."""
+    beside = da.asanyarray(values)
+    if beside.ndim > array.ndim:
+        raise ValueError(f"{name} must be broadcastable to {array.shape}, got {beside.shape}")
+    if name == "weights" and beside.ndim == 1 < array.ndim:  # one for each sample
+        samples = 0 if channel else 1
+        beside = beside[tuple(slice(None) if i == samples else None for i in range(array.ndim))]
+    else:
+        beside = beside[(None,) * (array.ndim - beside.ndim)]
+    chunks = {}
+    for i, (own, size) in enumerate(zip(beside.shape, array.shape, strict=True)):
+        if own == 1 or not (math.isnan(own) or math.isnan(size)):
+            if own not in (1, size):
+                raise ValueError(f"{name} must be broadcastable to {array.shape}, got {np.shape(values)}")
+            chunks[i] = array.chunks[i] if own == size else (1,)
+        elif beside.numblocks[i] != array.numblocks[i]:
+            raise ValueError(
+                f"{name} must have the {array.numblocks[i]} chunks of the array on axis {i}, whose sizes are unknown, "
+                f"got {beside.numblocks[i]}"
+            )
+    result: da.Array = beside.rechunk(chunks)
+    return result
 
 
 def _fan_in(split_every: int, numblocks: Iterable[int], axes: Iterable[int]) -> dict[int, int]:

@@ -102,6 +102,45 @@ def test_merges_are_a_tree_of_bounded_width(chunks, split_every):
     assert m.count == 800
 
 
+@pytest.mark.parametrize("dtype", (np.uint8, np.uint16, np.float16))
+def test_images_are_measured_as_they_are(dtype):
+    x = np.random.default_rng(0).integers(0, 200, SHAPE).astype(dtype)
+    assert_moments_of(fastbn.dask.moments(da.from_array(x, (4, 4, 2, 4))), x.astype(np.float64))
+
+
+@pytest.mark.parametrize("chunks", ("samples", "every axis", "empty"))
+def test_missing_values_masks_and_weights(chunks):
+    """As `Moments.update` has them, from NumPy arrays or Dask's, whatever their chunks."""
+    x, rng = images(), np.random.default_rng(2)
+    mask, weights = rng.random(SHAPE) < 0.7, rng.random(SHAPE[0])
+    x[~mask] = np.nan
+    array = da.from_array(x, CHUNKS[chunks])
+    pixels = mask[:, :1]
+    for given in (
+        {"nan_policy": "omit"},
+        {"where": mask},
+        {"where": da.from_array(mask, 3), "weights": weights},
+        {"where": pixels & ~np.isnan(x).any(1, keepdims=True), "weights": da.from_array(weights, 5)},
+        {"weights": rng.random(SHAPE[2:]), "nan_policy": "omit"},
+    ):
+        plain = {key: np.asarray(value) if key != "nan_policy" else value for key, value in given.items()}
+        expected = Moments.empty(6).update(x, **plain)
+        m = fastbn.dask.moments(array, **given)
+        np.testing.assert_allclose(m.count, expected.count, rtol=1e-12)
+        np.testing.assert_allclose(m.mean, expected.mean, rtol=1e-12)
+        np.testing.assert_allclose(m.var(), expected.var(), rtol=1e-12)
+
+
+def test_masks_of_chunks_of_unknown_size():
+    x = images()
+    array = da.from_array(x, (4, 6, 5, 4))
+    some = array[array[:, 0, 0, 0] > 5]
+    expected = Moments.empty(6).update(x[x[:, 0, 0, 0] > 5], where=x[x[:, 0, 0, 0] > 5] > 4)
+    np.testing.assert_allclose(fastbn.dask.moments(some, where=some > 4).mean, expected.mean, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"6 chunks.*got 1"):
+        fastbn.dask.moments(some, where=np.ones((9, 6, 5, 4), bool))
+
+
 # --- a collection that is a Moments ---------------------------------------------------------------------------------
 
 
@@ -339,6 +378,15 @@ UNKNOWN = HALVES[:, da.from_array(np.array([True, True, False]), 2)]
         (lambda: fastbn.dask.moments(da.ones((2, 0))), ValueError, ("at least one channel", "(2, 0)")),
         (lambda: fastbn.dask.moments(da.ones((2, 3), dtype=complex)), TypeError, ("complex128",)),
         (lambda: fastbn.dask.moments(ONES, unknown=1), TypeError, ("unknown",)),
+        (
+            lambda: fastbn.dask.moments(ONES, where=np.ones((4, 2, 2), bool)),
+            ValueError,
+            ("where", "(4, 3, 2)", "(4, 2, 2)"),
+        ),
+        (lambda: fastbn.dask.moments(ONES, where=np.ones((4, 3, 2))), TypeError, ("where", "float64")),
+        (lambda: fastbn.dask.moments(ONES, weights=np.ones(3)), ValueError, ("weights", "(3,)")),
+        (lambda: fastbn.dask.moments(ONES, weights=np.ones((1, 4, 3, 2))), ValueError, ("weights", "(1, 4, 3, 2)")),
+        (lambda: fastbn.dask.moments(ONES, nan_policy="raise"), ValueError, ("nan_policy", "raise")),
         (lambda: fastbn.dask.moments(ONES, split_every=1), ValueError, ("split_every", "1")),
         (lambda: fastbn.dask.moments(ONES, split_every=2.0), TypeError, ("float",)),
         (lambda: fastbn.dask.scale_shift(np.ones((2, 3)), [1], [1]), TypeError, ("dask.array.Array", "ndarray")),
