@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import functional as F
-from fastbn._arrays import Array, View
+from fastbn._arrays import Array, View, described
 from fastbn._comm import FORWARD, Detour, Ranks
 from fastbn.layers import _BatchNorm
 from fastbn.moments import Moments
@@ -197,13 +197,16 @@ class _State:
 def _named(layers: Any) -> list[tuple[str, _BatchNorm]]:
     """Every layer once, with a name for messages."""
     if isinstance(layers, _BatchNorm):
-        pairs: Iterable[tuple[str, Any]] = [(type(layers).__name__, layers)]
+        pairs = [(type(layers).__name__, layers)]
     elif isinstance(layers, Mapping):
-        pairs = ((str(name), layer) for name, layer in layers.items())
-    elif isinstance(layers, Iterable):
-        pairs = ((f"layer {i}", layer) for i, layer in enumerate(layers))
+        pairs = [(str(name), layer) for name, layer in layers.items()]
     else:
-        raise TypeError(f"recalibrate takes a layer, an iterable or a mapping of layers, got {type(layers).__name__}")
+        try:
+            pairs = [(f"layer {i}", layer) for i, layer in enumerate(layers)]
+        except Exception as error:
+            raise TypeError(
+                f"recalibrate takes layers: one, an iterable or a mapping of them, got {described(layers)}"
+            ) from error
     unique: dict[int, tuple[str, Any]] = {}
     for name, layer in pairs:
         unique.setdefault(id(layer), (name, layer))

@@ -100,6 +100,11 @@ def kept(setting: Callable, current: Callable) -> Callable[..., Any]:
     return call
 
 
+def recalibrated(layers):
+    with fastbn.recalibrate(layers):
+        pass
+
+
 LAYER = {
     "num_features": 3,
     "eps": 1e-3,
@@ -153,6 +158,7 @@ TARGETS = {
         f"{cls.__name__}, called": Target(cls.__call__, {"x": X, "residual": RESIDUAL}, lambda cls=cls: cls(3))
         for cls in (fastbn.GhostBatchNorm, fastbn.BatchRenorm, fastbn.RunningBatchNorm, fastbn.FrozenBatchNorm)
     },
+    "recalibrate": Target(recalibrated, {"layers": layer()}),
     "layer, training": Target(fastbn.BatchNorm1d.__call__, {"x": X, "residual": RESIDUAL}, layer),
     "layer, cumulative": Target(fastbn.BatchNorm1d.__call__, {"x": X}, lambda: layer(momentum=None)),
     "layer, eval": Target(fastbn.BatchNorm1d.__call__, {"x": X, "residual": RESIDUAL}, lambda: layer(False)),
@@ -329,7 +335,9 @@ def odd_ones(valid: Any, torch: Any) -> dict[str, Callable[[], Any]]:
     return values
 
 
-ALONE = tuple(name for name in TARGETS if name.startswith(("Moments", "fold", "onnx", "set_", "use_", "layer.load")))
+ALONE = tuple(
+    name for name in TARGETS if name.startswith(("Moments", "fold", "onnx", "set_", "use_", "recal", "layer.load"))
+)
 ALONE = tuple(name for name in ALONE if name != "Moments.update")  # no kernel is behind these
 
 
