@@ -302,7 +302,7 @@ def _normalize_merged(
     target, y, res, signs = _prepare(xv, residual, slope, out, (weight, bias))
     size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
     if xv.flat.size:
-        kernels().moments(xv.flat, *size, mean, m2)
+        kernels().moments(xv.flat, *size, mean, np.empty(xv.c), m2)
     total, mean, m2 = merged(xv.n * xv.s, mean, m2)
     stats, affine = finish_statistics(max(total, 1), mean, m2, weight, bias, eps)
     if xv.flat.size:
