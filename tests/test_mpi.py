@@ -14,6 +14,8 @@ import pytest
 
 import fastbn
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
 
 def mpiexec(ranks: int, *arguments: str) -> str:
     """Output of a Python program on so many ranks; a program that hangs is a failure."""
@@ -66,6 +68,14 @@ def test_ranks_train_together(torch, tmp_path, ranks):
     backends = [name for name in fastbn.available_backends() if ranks == 2 or name != "numba"]
     output = mpiexec(ranks, str(Path(__file__).with_name("ranks.py")), str(path), *backends)
     assert all(f"rank {rank} of {ranks} is content" in output for rank in range(ranks))
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_example_of_training_over_ranks(ranks):
+    *_, last = mpiexec(ranks, str(EXAMPLES / "sync_bn.py")).splitlines()
+    words = last.split()
+    assert float(words[1]) > 0.9
+    assert last.endswith(f"on {ranks} ranks, whose running statistics are the same to the bit")
 
 
 @pytest.mark.parametrize("comm", (3, "world", np.zeros(2), dict))

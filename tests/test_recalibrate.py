@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import doctest
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +210,12 @@ def test_example():
     results = doctest.testmod(fastbn.recalibration, extraglobs={"fastbn": fastbn})
     assert results.attempted
     assert not results.failed
+
+
+def test_example_after_weight_averaging(monkeypatch, capsys):
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    runpy.run_path(str(examples / "recalibrate.py"), run_name="__main__")
+    trained, averaged, recalibrated = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert recalibrated > 0.9
+    assert recalibrated > max(trained, averaged)
