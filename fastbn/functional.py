@@ -454,9 +454,10 @@ def _pair(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
 def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
     """The vectors themselves where they share a dtype, else float64 copies."""
     dtype = vectors[0].dtype
-    if all(vector.dtype == dtype for vector in vectors):
-        return vectors
-    return tuple(vector.astype(np.float64) for vector in vectors)
+    for vector in vectors:
+        if vector.dtype is not dtype and vector.dtype != dtype:
+            return tuple(each.astype(np.float64) for each in vectors)
+    return vectors
 
 
 def _running_vectors(running_mean: Any, running_var: Any, channels: int, update: bool) -> tuple[Array, Array]:

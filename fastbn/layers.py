@@ -32,6 +32,7 @@ from fastbn._comm import BACKWARD, Detour, ranks_of
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
 Activation = str | tuple[str, float] | None
+Operands = tuple[Array, Array, tuple[Array, Array] | None]
 
 
 class IncompatibleKeys(NamedTuple):
@@ -78,6 +79,7 @@ class _BatchNorm:
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
         self._saved: F.Saved | None = None
+        self._checked: tuple[tuple[Any, ...], Operands] | None = None  # see `_operands`
         if self.affine:
             self.params["weight"] = np.ones(self.num_features, self.dtype)
             if truth(bias, "bias"):
@@ -128,8 +130,7 @@ class _BatchNorm:
                     f"expected {self.num_features} channels on axis {self.axis}, "
                     f"got {xv.c} in an input of shape {array.shape}"
                 )
-            weight, bias = F._parameters(self.params.get("weight"), self.params.get("bias"), self.num_features)
-            running = self._running(self.training)
+            weight, bias, running = self._operands()
             if type(self.momentum) is not float:
                 self.momentum = _momentum(self.momentum)
             if out is not None and running is not None and self.training:
@@ -197,6 +198,22 @@ class _BatchNorm:
         if self._detour is not None:
             return self._detour.gradients(self, saved, dy, out)
         return F._gradients(dy, saved, self.dtype, out)
+
+    def _operands(self) -> Operands:
+        """weight, bias and running statistics, checked: the very arrays of the last call are not checked again."""
+        weight, bias = self.params.get("weight"), self.params.get("bias")
+        mean, var = self.running_mean, self.running_var
+        if self._checked is not None:
+            before, operands = self._checked
+            same = before[0] is weight and before[1] is bias and before[2] is mean and before[3] is var
+            if same and not (self.training and _read_only(mean, var)):
+                return operands
+        running = self._running(self.training)
+        operands = *F._parameters(weight, bias, self.num_features), running
+        given, kept = (weight, bias, mean, var), (*operands[:2], *(running or (None, None)))
+        as_given = all(a is None or a is b for a, b in zip(given, kept, strict=True))
+        self._checked = (given, operands) if as_given else None  # copies grow stale
+        return operands
 
     def _running(self, update: bool = False) -> tuple[Array, Array] | None:
         """The running statistics, checked, also for being updated in place."""
@@ -364,7 +381,7 @@ class _BatchNorm:
         return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": None, "_comm": None, "_detour": None}
+        return {**self.__dict__, "_saved": None, "_checked": None, "_comm": None, "_detour": None}
 
     def __copy__(self) -> Self:
         return self._copied(self.__getstate__())
@@ -394,6 +411,10 @@ class _BatchNorm:
             f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, bias={'bias' in self.params}, "
             f"track_running_stats={self.track_running_stats}"
         )
+
+
+def _read_only(mean: Array | None, var: Array | None) -> bool:
+    return mean is not None and var is not None and not (mean.flags.writeable and var.flags.writeable)
 
 
 _PARAMETERS = """

@@ -253,7 +253,11 @@ def state_of(value: Any) -> Any:
     if isinstance(value, fastbn.Moments):
         return value.count, state_of(value.mean), state_of(value.m2)
     if isinstance(value, LAYERS):
-        return {key: id(part) if key == "_saved" else state_of(part) for key, part in vars(value).items()}
+        return {
+            key: id(part) if key == "_saved" else state_of(part)
+            for key, part in vars(value).items()
+            if key != "_checked"  # what need not be checked again
+        }
     return value if isinstance(value, int | float | str) and value == value else id(value)
 
 
