@@ -6,8 +6,8 @@
 A step is a layer's forward and backward on 32 samples a rank, one thread each. The collective is what each of the two
 does: an Allgather of 4 + 2 * C float64 a rank. Ranks beyond the processors share them ("oversubscribed"), and wait for
 each other's turns. The model of what it costs beyond, ``alpha * log2(P) + beta * (P - 1) * bytes``, is that of
-recursive doubling (Thakur, Rabenseifner and Gropp, 2005): latency once a doubling, and every other rank's packet. It is fitted,
-by least squares of relative errors, to the ranks that have a processor each.
+recursive doubling (Thakur, Rabenseifner and Gropp, 2005): latency once a doubling, and every other rank's packet. It
+is fitted, by least squares of relative errors, to the ranks that have a processor each.
 """
 
 from __future__ import annotations
