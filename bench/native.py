@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-LAYOUTS = ("nchw", "nhwc", "nChw16c")
+from fastbn._engine import cpu_features
+
+LAYOUTS = ("nchw", "nhwc", "nChw16c", "nChw8c")
 OPS = ("train", "eval", "backward")
 SOURCE = Path(__file__).with_name("yardsticks.cpp")
 PREFIX = Path(sys.prefix)
@@ -40,6 +42,11 @@ def has_onednn() -> bool:
 
 def _dnnl() -> str | None:
     return next((str(path) for path in sorted((PREFIX / "lib").glob("libdnnl.so.*"))), None)
+
+
+def layouts() -> tuple[str, ...]:
+    """Those for which oneDNN has its fast code here: the blocks are those of the CPU's registers."""
+    return "nchw", "nhwc", "nChw16c" if "avx512f" in cpu_features() else "nChw8c"
 
 
 @functools.cache

@@ -26,7 +26,7 @@ BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 OPS = ("train", "eval", "backward")
 OURS = ("numba", "cython")
-LAYOUTS = ("oneDNN nchw", "oneDNN nhwc", "oneDNN nChw16c")
+LAYOUTS = ("oneDNN nchw", "oneDNN nhwc", "oneDNN nChw16c", "oneDNN nChw8c")
 COPIES = ("copy", "copy streaming")
 ALL = (*OURS, "numpy", "PyTorch", "JAX", *LAYOUTS)
 PEERS = ("PyTorch", "JAX", *LAYOUTS)

@@ -74,7 +74,7 @@ class Row:
             plain = [f"{name}, {self.kind} alone" for name in ours] if self.table == "fused" else []
             names = [*COPIES, *ours, *plain, *small, *_torch(), *_jax()]
             if native.has_onednn() and self.dtype == "float32" and not self.add:
-                names += [f"oneDNN {layout}" for layout in native.LAYOUTS]
+                names += [f"oneDNN {layout}" for layout in native.layouts()]
         return tuple(names)
 
 

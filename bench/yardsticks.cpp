@@ -110,14 +110,15 @@ void execute(Norm& norm) {
 
 extern "C" {
 
-// x, dy (n, c, h, w) row by row; layout 0 nchw, 1 nhwc, 2 nChw16c. Null where oneDNN refuses.
+// x, dy (n, c, h, w) row by row; layout 0 nchw, 1 nhwc, 2 nChw16c, 3 nChw8c. Null where oneDNN refuses.
 Norm* norm_new(int op, int layout, int relu, const long* shape, float eps, const float* x, const float* dy,
                const float* weight, const float* bias, const float* mean, const float* var) try {
     auto norm = std::make_unique<Norm>();
     const memory::dims dims(shape, shape + 4);
     const auto f32 = memory::data_type::f32;
     const memory::desc plain(dims, f32, tag::nchw);
-    const memory::desc layered(dims, f32, layout == 0 ? tag::nchw : layout == 1 ? tag::nhwc : tag::nChw16c);
+    const tag layouts[] = {tag::nchw, tag::nhwc, tag::nChw16c, tag::nChw8c};
+    const memory::desc layered(dims, f32, layouts[layout]);
     flags fused = flags::use_scale | flags::use_shift;
     if (relu) fused = fused | flags::fuse_norm_relu;
     if (op == eval) fused = fused | flags::use_global_stats;

@@ -261,7 +261,7 @@ def is_intel() -> bool:
     return "GenuineIntel" in (_cpuinfo("vendor_id") or platform.processor())
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """The vector instruction sets that matter here, or the architecture's name."""
     words = set(_cpuinfo("flags", "Features").split())
     known = ("sse2", "avx", "fma", "avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "asimd", "sve")
@@ -279,7 +279,7 @@ def show_config() -> None:
         ("NumPy", np.__version__),
         ("backend", f"{backend.NAME} (available: {', '.join(available_backends())})"),
         ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs{' (a forked process)' if _forked else ''}"),
-        ("CPU features", _cpu_features()),
+        ("CPU features", cpu_features()),
         ("CPU caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
     ]
     for name, module in BACKENDS.items():

@@ -339,10 +339,8 @@ def odd_ones(valid: Any, torch: Any) -> dict[str, Callable[[], Any]]:
     return values
 
 
-ALONE = tuple(
-    name for name in TARGETS if name.startswith(("Moments", "fold", "onnx", "set_", "use_", "recal", "layer.load"))
-)
-ALONE = tuple(name for name in ALONE if name != "Moments.update")  # no kernel is behind these
+KERNELLESS = ("Moments", "fold", "onnx", "set_", "use_", "recalibrate", "layer.load")
+ALONE = tuple(name for name in TARGETS if name.startswith(KERNELLESS) and name != "Moments.update")
 
 
 def attack(name: str, torch: Any) -> None:

@@ -1,6 +1,7 @@
 """NIST's Statistical Reference Datasets, univariate: as accurate as two passes in float64, however the data are split.
 
-All but PiDigits, whose 5000 digits are another list than that of its certified values. Data and certified values: https://www.itl.nist.gov/div898/strd/univ/homepage.html
+All but PiDigits: its certified mean is 4.5348, and the first 5000 digits of pi have mean 4.5358. Data and certified
+values: https://www.itl.nist.gov/div898/strd/univ/homepage.html
 """
 
 from __future__ import annotations
