@@ -124,15 +124,20 @@ def apart(typing, function, arguments):
 
 
 def linking(*functions):
-    """Intrinsic that takes these functions, as compiled for its job, into the library of the function that calls it."""
+    """Intrinsic that takes these functions, as compiled for its job, into the library of the function that calls it.
+
+    A job is their first argument. One that were not linked would be found as long as it lies in the same process, and
+    not by a kernel that is loaded from disk.
+    """
 
     @intrinsic
     def link(typing, job):
         def build(context, builder, signature, args):
             for function in functions:
-                for kinds, compiled in function.overloads.items():
-                    if kinds[0] == job:
-                        context.active_code_library.add_linking_library(compiled.library)
+                compiled = [each for kinds, each in function.overloads.items() if kinds[0] == job]
+                assert compiled, function
+                for each in compiled:
+                    context.active_code_library.add_linking_library(each.library)
             return context.get_dummy_value()
 
         return types.void(job), build
