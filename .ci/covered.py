@@ -1,6 +1,6 @@
 """Lines and branches of fastbn that the tests reach, and lines of the C kernels.
 
-    python .ci/covered.py [ARGUMENT ...]      arguments go to pytest; without any, all tests are run
+    python .ci/covered.py [ARGUMENT ...]      go to pytest (-k "not numba", a file); without any, all tests are run
 
 Python is counted by coverage.py, in subprocesses too; the extension is compiled with gcc's counters in a copy of the
 source tree and counted by gcov. What Numba compiles cannot be counted: see pyproject.toml. Lines that no test reaches
