@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1]
 
 def copy_tree(folder: Path) -> None:
     """Copy what the tests need."""
-    for part in ("fastbn", "fastbn_ext", "tests", "bench", "docs"):
+    for part in ("fastbn", "fastbn_ext", "tests", "bench", "docs", "examples"):
         if (SOURCE / part).exists():
             shutil.copytree(SOURCE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "CHANGELOG.md"):
