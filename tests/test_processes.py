@@ -129,8 +129,8 @@ OPENMP = "import ctypes; ctypes.CDLL('libgomp.so.1')"
 ORPHAN = """
 receive, send = os.pipe()
 def daemon():
+    parent = os.getpid()
     if not os.fork():
-        parent = os.getppid()
         while os.getppid() == parent:
             threading.Event().wait(0.01)
         try:

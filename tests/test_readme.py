@@ -25,8 +25,9 @@ def test_example_runs_as_printed():
     np.testing.assert_allclose(names["weight"], np.ones((64, 3, 3, 3)) * scale[:, None, None, None], rtol=1e-6)
 
 
-def test_folding_tables_are_those_of_the_stored_results():
-    command = [sys.executable, str(README.parent / "bench" / "folding.py"), "--tables"]
+@pytest.mark.parametrize("mark, script", (("folding", "folding"), ("images", "image_statistics"), ("ranks", "ranks")))
+def test_tables_are_those_of_the_stored_results(mark, script):
+    command = [sys.executable, str(README.parent / "bench" / f"{script}.py"), "--tables"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     text = README.read_text(encoding="utf-8")
-    assert text.split("<!-- folding:begin -->")[1].split("<!-- folding:end -->")[0].strip() == printed
+    assert text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0].strip() == printed
