@@ -71,15 +71,24 @@ static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean,
     const REAL shift = isfinite(x[0]) ? x[0] : 0;
     const V beyond = NAME(splat)(shift); /* stands in lanes that count no more */
     const W around = NAME(widen)(beyond);
-    W s1 = NAME(splat_wide)(0), s2 = s1;
+    W s1 = NAME(splat_wide)(0), s2 = s1, t1 = s1, t2 = s1; /* two sums each: one would wait for its last addition */
     const Index rest = k.length % LANES, stride = job->channels * job->s;
     const REAL *limit = (const REAL *)job->x + job->n * stride;
     const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
     const M tail = NAME(last)(rest);
     for (Index r = 0; r < k.rows; r++, x += stride) {
-        for (Index i = 0; i + LANES <= k.length; i += LANES) {
+        Index i = 0;
+        for (; i + 2 * LANES <= k.length; i += 2 * LANES) {
             if (far) NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
+            W d = NAME(minus)(NAME(widen)(NAME(load)(x + i)), around);
+            W e = NAME(minus)(NAME(widen)(NAME(load)(x + i + LANES)), around);
+            s1 = NAME(plus)(s1, d);
+            t1 = NAME(plus)(t1, e);
+            s2 = NAME(fused)(d, d, s2);
+            t2 = NAME(fused)(e, e, t2);
+        }
+        if (i + LANES <= k.length) {
             W d = NAME(minus)(NAME(widen)(NAME(load)(x + i)), around);
             s1 = NAME(plus)(s1, d);
             s2 = NAME(fused)(d, d, s2);
@@ -91,7 +100,8 @@ static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean,
         }
     }
     const Index count = k.rows * k.length;
-    const double sum = NAME(total)(s1), average = sum / count, squares = NAME(total)(s2) - sum * average;
+    const double sum = NAME(total)(NAME(plus)(s1, t1)), average = sum / count;
+    const double squares = NAME(total)(NAME(plus)(s2, t2)) - sum * average;
     *mean = shift + average;
     *m2 = squares < 0 ? 0 : squares;
     return count;
@@ -108,20 +118,31 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     const REAL *limit = (const REAL *)job->x + job->n * stride, *dy_limit = (const REAL *)job->dy + job->n * stride;
     const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
     const int far = job->run == 1;
-    W dys = NAME(splat_wide)(0), dots = dys;
+    W dys = NAME(splat_wide)(0), dots = dys, dys2 = dys, dots2 = dys;
     for (Index row = k.first; row < k.first + k.rows; row++) {
         const Index begin = (row * job->channels + c) * job->s + k.column;
         const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
         const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
-        for (Index i = 0; i + LANES <= k.length; i += LANES, sign += sign != 0) {
+        Index i = 0;
+        for (; i + 2 * LANES <= k.length; i += 2 * LANES, sign += sign ? 2 : 0) {
             if (far) {
                 NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
                 NAME(far_ahead)(dy, i, k.length, stride, skip, skipped, dy_limit);
             }
+            V value = NAME(load)(x + i), value2 = NAME(load)(x + i + LANES);
+            W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
+            W g2 = NAME(widen)(NAME(gated)(NAME(load)(dy + i + LANES), value2, high, scale, low, slope, sign ? sign + 1 : 0));
+            dys = NAME(plus)(dys, g);
+            dys2 = NAME(plus)(dys2, g2);
+            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
+            dots2 = NAME(fused)(g2, NAME(widen)(value2 - mean), dots2);
+        }
+        if (i + LANES <= k.length) {
             V value = NAME(load)(x + i);
             W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
             dys = NAME(plus)(dys, g);
             dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
+            if (sign) sign++;
         }
         if (rest) {
             V value = NAME(load)(x + k.length - LANES);
@@ -131,8 +152,8 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
             dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
         }
     }
-    *sum_dy += NAME(total)(dys);
-    *sum_dot += NAME(total)(dots);
+    *sum_dy += NAME(total)(NAME(plus)(dys, dys2));
+    *sum_dot += NAME(total)(NAME(plus)(dots, dots2));
 }
 
 /* Output of the `length` values of channel c from `at` on. */
@@ -227,6 +248,7 @@ static void NAME(column_moments)(const Job *job, Index t) {
             const V shift = NAME(finite)(NAME(load)(origin + k));
             W sum1 = NAME(load_wide)(s1 + k), sum2 = NAME(load_wide)(s2 + k);
             for (Index r = 0; r < depth; r++) {
+                prefetch(x + r * columns + k + AHEAD);
                 V value = NAME(load)(x + r * columns + k);
                 if (k < j) value = NAME(where)(tail, value, shift);
                 W d = NAME(minus)(NAME(widen)(value), NAME(widen)(shift));
@@ -260,6 +282,8 @@ static void NAME(column_gradients)(const Job *job, Index t) {
             const V low = NAME(load)(coef + LOW * columns + k), mean = NAME(load)(coef + MEAN * columns + k);
             W sum_dy = NAME(load_wide)(s1 + k), dot = NAME(load_wide)(s2 + k);
             for (Index r = 0; r < depth; r++) {
+                prefetch(x + r * columns + k + AHEAD);
+                prefetch(dy + r * columns + k + AHEAD);
                 V value = NAME(load)(x + r * columns + k), g = NAME(load)(dy + r * columns + k);
                 g = NAME(gated)(g, value, high, scale, low, slope, sign ? sign + r * words + j / LANES : 0);
                 if (k < j) g = (V)((M)g & tail);

@@ -28,6 +28,7 @@ LANES = 16  # values in a vector: one AVX-512 register of float32
 BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain sums, blocks merge by Chan's formula
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
+LINE = 64  # bytes of a line of the cache
 RUN = 2048  # bytes: the length of a run of short rows (32x2048x7x7, training: 4096 1.9 copies, 2048 1.3, 8192 2.2)
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
@@ -55,18 +56,19 @@ class Plan(NamedTuple):
 def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int) -> Plan:
     """Cut the work on (n, c, s) values for so many threads: statistics of `reads` tensors, output over `arrays`."""
     size = n * c * s
+    beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2 and (threads > INTEL_THREADS or not is_intel())
     if size * arrays <= 2 * SERIAL:
         threads = 1
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
-        return Plan(threads, True, False, 1, columns, rows, block, -(-rows // block), 0)
+        streaming = beyond_cache and columns * itemsize % LINE == 0
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), 0)
     run = max(1, min(RUN // (s * itemsize), c // (4 * threads)))
     tasks = -(-c // run)
     busy = tasks / (-(-tasks // threads) * threads)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
-    beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2
-    streaming = beyond_cache and s * itemsize >= RUN and (threads > INTEL_THREADS or not is_intel())
+    streaming = beyond_cache and s * itemsize >= RUN
     task = n * run * s * itemsize * reads
     ahead = run * s if task <= cache_bytes(2) // 4 else 0
     return Plan(threads, busy < 0.7, streaming, run, 0, 0, 0, blocks, ahead)

@@ -19,6 +19,7 @@ G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x1
    rows of a task are written, those of the next are prefetched (32x1024x14x14: training 2.7 to 1.7 copies).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
+I. An output phase goes backwards: what the reduction before it read last is still in the third-level cache.
 """
 
 from __future__ import annotations
@@ -432,6 +433,7 @@ def column_moments(job, t):
             shift = where(finite(shift), shift, zero)
             sum1, sum2 = load(s1, k), load(s2, k)
             for r in range(row, min(row + DEPTH, end)):
+                prefetch(x, r * columns + k + AHEAD)
                 d = widen(load(x, r * columns + k)) - shift
                 if k < j:
                     d = where(tail, d, zero)
@@ -464,6 +466,8 @@ def column_gradients(job, t):
             low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
             sum_dy, dot = load(s1, k), load(s2, k)
             for r in range(row, min(row + DEPTH, end)):
+                prefetch(x, r * columns + k + AHEAD)
+                prefetch(dy, r * columns + k + AHEAD)
                 value = load(x, r * columns + k)
                 g = gated(load(dy, r * columns + k), value, high, scale, low, slope, signs, r * words + j // LANES)
                 if k < j:
@@ -766,11 +770,11 @@ def _kernel(
         tasks = tasks_of(job, phase)
         if threads == 1:
             for t in range(tasks):
-                apart(task, (job, backward, phase, t))
+                apart(task, (job, backward, phase, tasks - 1 - t if step else t))
         else:
             before = team(threads)
             for t in prange(tasks):
-                apart(task, (job, backward, phase, np.intp(t)))
+                apart(task, (job, backward, phase, tasks - 1 - np.intp(t) if step else np.intp(t)))
             team(before)
         if last:
             last_row(job, backward, phase)
