@@ -371,3 +371,14 @@ def test_empty_arrays_in_functions(axis, shape):
     np.testing.assert_array_equal((dweight, dbias), np.zeros((2, 3)))
     assert fastbn.scale_shift(x, mean, var, axis=axis).shape == shape
     assert fastbn.moments(x, axis=axis).count == 0
+
+
+def test_running_statistics_that_would_overwrite_each_other():
+    x, one, few = array(4, 3), np.ones(3), np.ones(1)
+    repeated = np.lib.stride_tricks.as_strided(few, (3,), (0,))
+    with raises(ValueError, "same array", "in place"):
+        fastbn.batch_norm(x, one, one, training=True)
+    with raises(ValueError, "running_var", "overlap", "(0,)"):
+        fastbn.batch_norm(x, one, repeated, training=True)
+    assert (one == 1).all()
+    assert (few == 1).all()
