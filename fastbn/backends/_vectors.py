@@ -12,12 +12,15 @@ booleans.
 from __future__ import annotations
 
 import operator
+import platform
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from fastbn.backends._plan import LANES, LONGEST_FOLD
+
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _ELEMENT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}
@@ -210,7 +213,11 @@ def fence(typing):
     """Make streamed stores visible to other threads; LLVM does not do it by itself."""
 
     def build(context, builder, signature, args):
-        builder.fence("seq_cst")
+        if X86:  # the fence below would hold up loads too
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, nothing, "llvm.x86.sse.sfence"), [])
+        else:
+            builder.fence("seq_cst")
         return context.get_dummy_value()
 
     return types.void(), build
