@@ -463,8 +463,8 @@ def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
 def _running_vectors(running_mean: Any, running_var: Any, channels: int, update: bool) -> tuple[Array, Array]:
     mean = channel_vector(running_mean, "running_mean", channels, update)
     var = channel_vector(running_var, "running_var", channels, update)
-    if update and running_mean is running_var:
-        raise ValueError("running_mean and running_var are the same array, and both are updated in place")
+    if update and np.may_share_memory(running_mean, running_var) and np.shares_memory(running_mean, running_var):
+        raise ValueError("running_mean and running_var share memory, and both are updated in place")
     return mean, var
 
 

@@ -376,9 +376,20 @@ def test_empty_arrays_in_functions(axis, shape):
 def test_running_statistics_that_would_overwrite_each_other():
     x, one, few = array(4, 3), np.ones(3), np.ones(1)
     repeated = np.lib.stride_tricks.as_strided(few, (3,), (0,))
-    with raises(ValueError, "same array", "in place"):
+    with raises(ValueError, "share memory", "in place"):
         fastbn.batch_norm(x, one, one, training=True)
     with raises(ValueError, "running_var", "overlap", "(0,)"):
         fastbn.batch_norm(x, one, repeated, training=True)
     assert (one == 1).all()
     assert (few == 1).all()
+
+
+def test_running_statistics_that_share_memory():
+    both = np.ones(4)
+    for mean, var in ((both[:3], both[:3]), (both[:3], both[1:])):
+        with pytest.raises(ValueError, match="share memory"):
+            fastbn.batch_norm(np.ones((2, 3)), mean, var, training=True)
+    np.testing.assert_array_equal(both, 1)
+    interleaved = np.ones(6)
+    fastbn.batch_norm(np.eye(3), interleaved[::2], interleaved[1::2], training=True)
+    np.testing.assert_allclose(interleaved[1::2], 0.9 + 0.1 / 3)
