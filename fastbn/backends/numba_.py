@@ -568,9 +568,10 @@ def fused_gradients(job, c):
 @point
 def can_stream(job):
     """In place the lines are in the cache already; in the column nest rows must begin on a line."""
-    if same(job.x, job.y) or same(job.residual, job.y) or same(job.x, job.dx) or same(job.dy, job.dx):
+    out = job.y if present(job.y) else job.dx
+    if same(out, job.x) or same(out, job.residual) or same(out, job.dy):
         return False
-    return not (job.columns and (to_line(job.y, 0) or to_line(job.dx, 0) or to_line(job.dresidual, 0)))
+    return not (job.columns and (to_line(out, 0) or to_line(job.dresidual, 0)))
 
 
 @loop
