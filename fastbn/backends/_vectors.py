@@ -291,6 +291,18 @@ def fma(typing, a, b, c):
 
 
 @intrinsic
+def ones(typing):
+    """W with 1.0 in every lane, of which the compiler does not know that a product with it is nothing to compute."""
+    wide = Vector(types.float64)
+
+    def build(context, builder, signature, args):
+        hidden = ir.InlineAsm(ir.FunctionType(ir.DoubleType(), [ir.DoubleType()]), "", "=r,0")
+        return _splat(builder, wide, builder.call(hidden, [ir.Constant(ir.DoubleType(), 1.0)]))
+
+    return wide(), build
+
+
+@intrinsic
 def total(typing, value):
     """Sum of the lanes of a W, by halves: always in the same order."""
 

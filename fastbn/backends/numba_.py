@@ -56,6 +56,7 @@ from fastbn.backends._vectors import (
     load,
     mask_of,
     noinline,
+    ones,
     positive,
     prefetch,
     present,
@@ -208,15 +209,14 @@ def block_of(b, n, s):
 
 
 @point
-def far_ahead(x, at, i, length, stride, skip, limit):
-    """Prefetch what lies AHEAD values behind x[at + i] in its channel, whose rows of `length` lie `stride` apart.
+def ahead_in(length, stride, far):
+    """(before, turn, after): what lies AHEAD values behind value i of a row in its channel, whose rows lie `stride` apart.
 
-    `skip` is the number of whole rows in AHEAD; dividing here would be a division for every vector.
+    It is `before` values further on in memory where ``i < turn``, and `after` values elsewhere.
     """
-    i += AHEAD - skip * length
-    at += skip * stride + (i if i < length else i + stride - length)
-    if at < limit:
-        prefetch(x, at)
+    skip, rest = AHEAD // length, AHEAD % length
+    before = skip * stride + rest
+    return (before, length - rest, before + stride - length) if far else (0, 0, 0)
 
 
 @loop
@@ -224,27 +224,29 @@ def block_moments(job, c, b):
     """Count, mean and m2 of block b of channel c (design, C)."""
     noinline()
     first, rows, column, length = block_of(b, job.n, job.s)
-    x, far, stride = job.x, job.run == 1, job.channels * job.s
-    skip, limit = AHEAD // length, job.n * stride
+    x, stride = job.x, job.channels * job.s
+    before, turn, after = ahead_in(length, stride, job.run == 1)
     start = first * stride + c * job.s + column
     shift = np.float64(x[start])
     if not math.isfinite(shift):
         shift = np.float64(0.0)
-    around, zero = splat(shift), splat(0.0)
+    around, zero, one = splat(shift), splat(0.0), ones()
     s1, s2 = zero, zero
     rest = length % LANES
     tail = last(rest)
     for r in range(rows):
         at = start + r * stride
-        for i in range(0, length - LANES + 1, LANES):
-            if far:
-                far_ahead(x, at, i, length, stride, skip, limit)
-            d = widen(load(x, at + i)) - around
-            s1 = s1 + d
-            s2 = fma(d, d, s2)
+        i = 0
+        for end, ahead in ((min(turn, length - LANES + 1), before), (length - LANES + 1, after)):
+            while i < end:
+                prefetch(x, at + i + ahead)
+                d = widen(load(x, at + i)) - around
+                s1 = fma(d, one, s1)
+                s2 = fma(d, d, s2)
+                i += LANES
         if rest:
             d = where(tail, widen(load(x, at + length - LANES)) - around, zero)
-            s1 = s1 + d
+            s1 = fma(d, one, s1)
             s2 = fma(d, d, s2)
     count = rows * length
     sum1 = total(s1)
@@ -259,32 +261,43 @@ def block_gradients(job, c, b):
     noinline()
     first, rows, column, length = block_of(b, job.n, job.s)
     x, dy, coef, slope, signs = job.x, job.dy, job.coef, job.slope, job.signs
-    channels, s, far = job.channels, job.s, job.run == 1
+    channels, s = job.channels, job.s
     stride = channels * s
-    skip, limit = AHEAD // length, job.n * stride
+    before, turn, after = ahead_in(length, stride, job.run == 1)
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
-    low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
-    sum_dy, dot = splat(0.0), splat(0.0)
+    low, around = splat(coef[LOW * channels + c]), widen(splat(coef[MEAN * channels + c]))
+    sum_dy, dot, one = splat(0.0), splat(0.0), ones()
     words = (s + LANES - 1) // LANES
     rest = length % LANES
     tail = last(rest)
     for row in range(first, first + rows):
         word = (row * channels + c) * words + column // LANES
         at = row * stride + c * s + column
-        for i in range(0, length - LANES + 1, LANES):
-            if far:
-                far_ahead(x, at, i, length, stride, skip, limit)
-                far_ahead(dy, at, i, length, stride, skip, limit)
-            value = load(x, at + i)
-            g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
-            sum_dy = sum_dy + g
-            dot = fma(g, widen(value - mean), dot)
+        i = 0
+        for end, ahead in ((min(turn, length - LANES + 1), before), (length - LANES + 1, after)):
+            if slope == 1.0:
+                while i < end:
+                    prefetch(x, at + i + ahead)
+                    prefetch(dy, at + i + ahead)
+                    g = widen(load(dy, at + i))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(load(x, at + i)) - around, dot)
+                    i += LANES
+            else:
+                while i < end:
+                    prefetch(x, at + i + ahead)
+                    prefetch(dy, at + i + ahead)
+                    value = load(x, at + i)
+                    g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(value) - around, dot)
+                    i += LANES
         if rest:
             value = load(x, at + length - LANES)
             g = gated(load(dy, at + length - LANES), value, high, scale, low, slope, signs, word + length // LANES)
             g = widen(where(tail, g, like(g, 0.0)))
-            sum_dy = sum_dy + g
-            dot = fma(g, widen(value - mean), dot)
+            sum_dy = fma(g, one, sum_dy)
+            dot = fma(g, widen(value) - around, dot)
     return total(sum_dy), total(dot)
 
 
@@ -424,7 +437,7 @@ def column_moments(job, t):
     x, columns = job.x, job.columns
     for j in range(j0, j1):
         s1[j] = s2[j] = 0.0
-    zero = splat(0.0)
+    zero, one = splat(0.0), ones()
     tail = last((j1 - j0) % LANES)
     for row in range(first, end, DEPTH):
         for j in range(j0, j1, LANES):
@@ -437,7 +450,7 @@ def column_moments(job, t):
                 d = widen(load(x, r * columns + k)) - shift
                 if k < j:
                     d = where(tail, d, zero)
-                sum1 = sum1 + d
+                sum1 = fma(d, one, sum1)
                 sum2 = fma(d, d, sum2)
             store(s1, k, sum1)
             store(s2, k, sum2)
@@ -458,12 +471,13 @@ def column_gradients(job, t):
     for j in range(j0, j1):
         s1[j] = s2[j] = 0.0
     words = (columns + LANES - 1) // LANES
+    one = ones()
     tail = last((j1 - j0) % LANES)
     for row in range(first, end, DEPTH):
         for j in range(j0, j1, LANES):
             k = min(j, j1 - LANES)
             high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
-            low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
+            low, around = load(coef, LOW * columns + k), widen(load(coef, MEAN * columns + k))
             sum_dy, dot = load(s1, k), load(s2, k)
             for r in range(row, min(row + DEPTH, end)):
                 prefetch(x, r * columns + k + AHEAD)
@@ -472,8 +486,8 @@ def column_gradients(job, t):
                 g = gated(load(dy, r * columns + k), value, high, scale, low, slope, signs, r * words + j // LANES)
                 if k < j:
                     g = where(tail, g, like(g, 0.0))
-                sum_dy = sum_dy + widen(g)
-                dot = fma(widen(g), widen(value - mean), dot)
+                sum_dy = fma(widen(g), one, sum_dy)
+                dot = fma(widen(g), widen(value) - around, dot)
             store(s1, k, sum_dy)
             store(s2, k, dot)
 
