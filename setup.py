@@ -17,8 +17,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 # No -march=native and no -ffast-math: the kernels choose their instruction set when they run, and rounding is theirs.
+# They say which products and sums are fused: a compiler that chooses may fuse differently at the end of a row.
 # Debug sections would carry the paths of the machine that built.
-OPTIMISE = ["-O3", "-g0"]
+OPTIMISE = ["-O3", "-ffp-contract=off", "-g0"]
 
 # Apple's clang has the pragmas but not the library, which is Homebrew's libomp.
 OPENMP_COMPILE = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]

@@ -36,7 +36,7 @@ cdef extern from "dispatch.h" nogil:
         void (*prepare)(const Job *, int, int) noexcept nogil
         void (*task)(const Job *, int, int, Py_ssize_t) noexcept nogil
         void (*last_row)(const Job *, int, int) noexcept nogil
-        void (*finish)(const Job *, int, int) noexcept nogil
+        void (*finish_channel)(const Job *, Py_ssize_t, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
     Py_ssize_t tasks_of(const Job *, int phase)
@@ -145,7 +145,8 @@ def kernel(
             if last:
                 kernels.last_row(&job, backward, phase)
             if step == 0 and not fused:
-                kernels.finish(&job, backward, apply)
+                for t in range(channels):
+                    kernels.finish_channel(&job, t, backward, apply)
 
 
 cdef inline double get(const void *values, Py_ssize_t c, int itemsize) noexcept nogil:

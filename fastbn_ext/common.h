@@ -13,7 +13,10 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { LINE = 64, BLOCK = 1 << 14, CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, AHEAD = 2048, DEPTH = 8 };
+enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 2048 };
+enum { CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, DEPTH = 8 };                /* column nest */
+enum { SHORT = 512, SLAB = 1536, SLAB_COEF = 6 * SLAB, SLAB_DEPTH = 4, SAMPLES = 16 };   /* slabs */
+enum { MOST_LANES = 16, WIDEST = SLAB + MOST_LANES };                                    /* sums of a slab or a chunk */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
@@ -34,13 +37,14 @@ typedef struct {
     void (*prepare)(const Job *, int backward, int phase);
     void (*task)(const Job *, int backward, int phase, Index t);
     void (*last_row)(const Job *, int backward, int phase);
-    void (*finish)(const Job *, int backward, int apply);
+    void (*finish_channel)(const Job *, Index c, int backward, int apply);
 } Kernels;
 
 typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
-typedef struct { Index c0, c1; Block block; } Span;          /* a block of some channels */
-typedef struct { Index first, end, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
+typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
+typedef struct { Index before, turn, after; } Ahead;
+typedef struct { Index first, rows, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
 point Index min(Index a, Index b) { return a < b ? a : b; }
 point Index max(Index a, Index b) { return a > b ? a : b; }
@@ -57,24 +61,34 @@ point Block block_of(Index b, Index n, Index s) {
     return (Block){b * rows, min(rows, n - b * rows), 0, s};
 }
 
-/* Channels of a span: as many as lie in a block's length. */
-point Index spread_of(const Job *job) { return job->s > BLOCK ? 1 : max(job->run, BLOCK / job->s); }
-
-/* Span t of the whole tensor, in the order of memory. */
-point Span span_of(Index t, const Job *job) {
-    const Index spread = spread_of(job), spans = (job->channels + spread - 1) / spread, c0 = t % spans * spread;
-    const Block row = {t / spans, 1, 0, job->s};
-    return (Span){c0, min(c0 + spread, job->channels), job->s > BLOCK ? block_of(t / spans, job->n, job->s) : row};
+/* How far away value i of a row has the one that is AHEAD of it in its channel: `before` where i < turn, and `after`
+   elsewhere. Rows of the channel lie `stride` apart. */
+point Ahead ahead_in(Index length, Index stride) {
+    const Index before = AHEAD / length * stride + AHEAD % length;
+    return (Ahead){before, length - AHEAD % length, before + stride - length};
 }
+
+/* Whether channels are worked on in slabs. Not with signs, whose words are those of a channel's rows. */
+point int in_slabs(const Job *job) { return job->s < SHORT && !job->signs; }
+
+/* Channels of a task of output alone: as many as lie in a block's length. */
+point Index spread_of(const Job *job) { return job->s < SHORT || job->s > BLOCK ? job->run : BLOCK / job->s; }
+
+/* Samples of a task of output alone. */
+point Index group_of_rows(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES; }
+
+/* Number of runs of so many neighbouring channels, and run t. */
+point Index runs_of(const Job *job, Index run) { return (job->channels + run - 1) / run; }
+point Run run_of(const Job *job, Index t, Index run) { return (Run){t * run, min(t * run + run, job->channels)}; }
 
 point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }
 point Index group_of(Index columns) { return max(1, GROUP / columns); }
 
-/* Chunk t; the last one of a row takes the rest. */
+/* Chunk t of all blocks; the last one of a row takes the rest. */
 point Chunk chunk_of(const Job *job, Index t) {
-    const Index columns = job->columns, chunks = chunks_of(columns), b = t / chunks, q = t % chunks, begin = q * CHUNK;
-    const Index width = q < chunks - 1 ? CHUNK : columns - begin;
-    return (Chunk){b * job->block, min((b + 1) * job->block, job->rows), begin, width, job->part + 2 * b * columns + begin};
+    const Index columns = job->columns, chunks = chunks_of(columns), b = t / chunks, q = t % chunks;
+    const Index first = b * job->block, begin = q * CHUNK, width = q < chunks - 1 ? CHUNK : columns - begin;
+    return (Chunk){first, min(job->block, job->rows - first), begin, width, job->part + 2 * b * columns + begin};
 }
 
 /* Number of values behind part b of a channel or column; one in the part of the values that fill no row. */
@@ -84,21 +98,20 @@ point Index size_of(const Job *job, Index b) {
     return k.rows * k.length;
 }
 
-/* In place the lines are in the cache already; in the column nest rows must begin on a line. */
+/* In place the lines are in the cache already. */
 static inline int can_stream(const Job *job) {
     const void *out = job->y ? job->y : job->dx;
-    if (out == job->x || out == job->residual || out == job->dy) return 0;
-    return !job->columns || !(to_line(out, 1) || to_line(job->dresidual, 1));
+    return out != job->x && out != job->residual && out != job->dy;
 }
 
 /* Number of independent tasks of a phase. */
 static inline Index tasks_of(const Job *job, int phase) {
     switch (phase) {
-    case FUSED: return (job->channels + job->run - 1) / job->run;
-    case REDUCE: return job->blocks * job->channels;
+    case FUSED: return runs_of(job, job->run);
+    case REDUCE: return job->blocks * runs_of(job, job->run);
     case APPLY: {
-        const Index spread = spread_of(job);
-        return (job->s > BLOCK ? job->blocks : job->n) * ((job->channels + spread - 1) / spread);
+        const Index group = group_of_rows(job), blocks = job->s > BLOCK ? job->blocks : (job->n + group - 1) / group;
+        return blocks * runs_of(job, spread_of(job));
     }
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
     default: return (job->rows + group_of(job->columns) - 1) / group_of(job->columns);
@@ -115,6 +128,13 @@ point void merge(Moments *a, Moments b) {
     a->m2 = isfinite(delta) ? a->m2 + b.m2 + delta * delta * (a->count * share) : NAN;
     a->mean = isfinite(delta) ? a->mean + delta * share : a->mean + b.mean;
     a->count += b.count;
+}
+
+/* Mean and m2 from sums of deviations from `shift` and of their squares. */
+point void moments_of(double shift, Index count, double sum1, double sum2, double *mean, double *m2) {
+    const double average = sum1 / count, squares = sum2 - sum1 * average;
+    *mean = shift + average;
+    *m2 = squares < 0 ? 0 : squares;
 }
 
 /* All that follows from the moments of channel c; `affine` holds weight and bias before. */

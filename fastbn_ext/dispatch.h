@@ -21,22 +21,38 @@
 #define fence() __atomic_thread_fence(__ATOMIC_RELEASE)
 #endif
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
-
-
+/* a * b + c, rounded once where the instruction set has that, by one of its functions. Left to the compiler, it would
+   differ from place to place, and so would the last bit of a result at the end of a row. */
+#define BY(function, V, a, b, c) (__typeof__(a))function((V)(a), (V)(b), (V)(c))
 
 #define VECTOR_BYTES 16
 #define ISA baseline
+#if defined(__aarch64__)
+#define FMA_float(a, b, c) BY(vfmaq_f32, float32x4_t, c, a, b)
+#define FMA_double(a, b, c) BY(vfmaq_f64, float64x2_t, c, a, b)
+#else
+#define FMA_float(a, b, c) ((a) * (b) + (c))
+#define FMA_double FMA_float
+#endif
 #include "both_types.h"
 #include "image_types.h"
 #undef VECTOR_BYTES
 #undef ISA
+#undef FMA_float
+#undef FMA_double
 
 #if X86
 #define VECTOR_BYTES 32
 #define ISA avx2
+#define FMA_float(a, b, c) BY(_mm256_fmadd_ps, __m256, a, b, c)
+#define FMA_double(a, b, c) BY(_mm256_fmadd_pd, __m256d, a, b, c)
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -52,9 +68,13 @@
 #endif
 #undef VECTOR_BYTES
 #undef ISA
+#undef FMA_float
+#undef FMA_double
 
 #define VECTOR_BYTES 64
 #define ISA avx512
+#define FMA_float(a, b, c) BY(_mm512_fmadd_ps, __m512, a, b, c)
+#define FMA_double(a, b, c) BY(_mm512_fmadd_pd, __m512d, a, b, c)
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
 #else
@@ -70,6 +90,8 @@
 #endif
 #undef VECTOR_BYTES
 #undef ISA
+#undef FMA_float
+#undef FMA_double
 #endif
 
 /* Instruction sets in order of preference; `kernels_of` takes an index into them. */

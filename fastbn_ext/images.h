@@ -68,7 +68,7 @@ static void NAME(column)(const STORED *x, Index stride, Index rows, const STORED
         for (Index k = 0; k < UNROLL; k++) {
             const NAME(Wide) d = LOAD(x + k * COUNT) - shift[k];
             sum[k] += d;
-            squares[k] += d * d;
+            squares[k] = FMA_double(d, d, squares[k]);
         }
     }
     double sums[2][COLUMN];

@@ -31,7 +31,7 @@ point V NAME(activated)(V z, M open, REAL slope) { return NAME(where)(open, z, s
 
 /* activation((x - center) * scale + shift + residual) */
 point V NAME(output)(V x, V added, V high, V scale, V low, REAL slope, uint16_t *sign) {
-    V z = (x - high) * scale + low + added;
+    V z = NAME(fma)(x - high, scale, low) + added;
     if (slope != 1) {
         M open = NAME(positive)(z);
         if (sign) *sign = NAME(bits)(open);
@@ -43,7 +43,7 @@ point V NAME(output)(V x, V added, V high, V scale, V low, REAL slope, uint16_t 
 /* dy behind the activation, whose sign is read or, without a residual, computed again exactly as in `output`. */
 point V NAME(gated)(V dy, V x, V high, V scale, V low, REAL slope, const uint16_t *sign) {
     if (slope != 1) {
-        M open = sign ? NAME(mask_of)(*sign) : NAME(positive)((x - high) * scale + low);
+        M open = sign ? NAME(mask_of)(*sign) : NAME(positive)(NAME(fma)(x - high, scale, low));
         dy = NAME(activated)(dy, open, slope);
     }
     return dy;
@@ -51,45 +51,46 @@ point V NAME(gated)(V dy, V x, V high, V scale, V low, REAL slope, const uint16_
 
 /* dx of a gated dy */
 point V NAME(gradient)(V dy, V x, int training, V scale, V mean, V a, V b) {
-    return training ? scale * dy + (a * (x - mean) + b) : scale * dy;
-}
-
-/* Prefetch what lies AHEAD values behind x[i] in its channel, whose rows of `length` values lie `stride` apart. The rows
-   and values that make AHEAD are divided once a block: GCC keeps a division that it need not do inside the loop. */
-point void NAME(far_ahead)(const REAL *x, Index i, Index length, Index stride, Index skip, Index rest, const REAL *end) {
-    i += rest;
-    x += skip * stride + (i < length ? i : i + stride - length);
-    if (x < end) prefetch(x);
+    return training ? NAME(fma)(scale, dy, NAME(fma)(a, x - mean, b)) : (V)(scale * dy);
 }
 
 /* --- row nest ----------------------------------------------------------------------------------------------------- */
 
-/* Mean and m2 of block b of channel c; returns its count. */
-static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
+/* x[0], or zero where it is not finite */
+point REAL NAME(shift_of)(const REAL *x) { return isfinite(*x) ? *x : 0; }
+
+/* Prefetch all lines of two vectors. */
+point void NAME(prefetch_two)(const REAL *x) {
+    for (Index i = 0; i < 2 * LANES; i += LINE / (Index)sizeof(REAL)) prefetch(x + i);
+}
+
+/* Mean and m2 of block b of channel c. */
+static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
     const Block k = block_of(b, job->n, job->s);
-    const REAL *x = (const REAL *)job->x + (k.first * job->channels + c) * job->s + k.column;
-    const REAL shift = isfinite(x[0]) ? x[0] : 0;
+    const Index stride = job->channels * job->s, rest = k.length % LANES, end = k.length - 2 * LANES + 1;
+    const Ahead far = ahead_in(k.length, stride);
+    const REAL *x = (const REAL *)job->x + k.first * stride + c * job->s + k.column;
+    const REAL shift = NAME(shift_of)(x);
     const V beyond = NAME(splat)(shift); /* stands in lanes that count no more */
-    const W around = NAME(widen)(beyond);
-    W s1 = NAME(splat_wide)(0), s2 = s1, t1 = s1, t2 = s1; /* two sums each: one would wait for its last addition */
-    const Index rest = k.length % LANES, stride = job->channels * job->s;
-    const REAL *limit = (const REAL *)job->x + job->n * stride;
-    const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
-    const int far = job->run == 1;
+    const W around = NAME(widen)(beyond), one = NAME(ones)();
     const M tail = NAME(last)(rest);
+    W s1 = NAME(splat_wide)(0), s2 = s1, t1 = s1, t2 = s1; /* two sums each: one would wait for its last addition */
     for (Index r = 0; r < k.rows; r++, x += stride) {
         Index i = 0;
-        for (; i + 2 * LANES <= k.length; i += 2 * LANES) {
-            if (far) NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
-            W d = NAME(minus)(NAME(widen)(NAME(load)(x + i)), around);
-            W e = NAME(minus)(NAME(widen)(NAME(load)(x + i + LANES)), around);
-            s1 = NAME(plus)(s1, d);
-            t1 = NAME(plus)(t1, e);
-            s2 = NAME(fused)(d, d, s2);
-            t2 = NAME(fused)(e, e, t2);
+        for (int turned = 0; turned < 2; turned++) {
+            const Index stop = turned ? end : min(far.turn, end), ahead = turned ? far.after : far.before;
+            for (; i < stop; i += 2 * LANES) {
+                NAME(prefetch_two)(x + i + ahead);
+                W d = NAME(minus)(NAME(load_widened)(x + i), around);
+                W e = NAME(minus)(NAME(load_widened)(x + i + LANES), around);
+                s1 = NAME(added)(s1, d, one);
+                t1 = NAME(added)(t1, e, one);
+                s2 = NAME(fused)(d, d, s2);
+                t2 = NAME(fused)(e, e, t2);
+            }
         }
         if (i + LANES <= k.length) {
-            W d = NAME(minus)(NAME(widen)(NAME(load)(x + i)), around);
+            W d = NAME(minus)(NAME(load_widened)(x + i), around);
             s1 = NAME(plus)(s1, d);
             s2 = NAME(fused)(d, d, s2);
         }
@@ -99,61 +100,75 @@ static Index NAME(block_moments)(const Job *job, Index c, Index b, double *mean,
             s2 = NAME(fused)(d, d, s2);
         }
     }
-    const Index count = k.rows * k.length;
-    const double sum = NAME(total)(NAME(plus)(s1, t1)), average = sum / count;
-    const double squares = NAME(total)(NAME(plus)(s2, t2)) - sum * average;
-    *mean = shift + average;
-    *m2 = squares < 0 ? 0 : squares;
-    return count;
+    moments_of(shift, k.rows * k.length, NAME(total)(NAME(plus)(s1, t1)), NAME(total)(NAME(plus)(s2, t2)), mean, m2);
 }
 
-/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c, added to the given ones. */
-static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *sum_dot) {
+/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
+static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
     const Block k = block_of(b, job->n, job->s);
     const Index words = words_of(job->s, LANES), rest = k.length % LANES, stride = job->channels * job->s;
+    const Index end = k.length - 2 * LANES + 1;
+    const Ahead far = ahead_in(k.length, stride);
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
-    const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
+    const V low = NAME(splat)(coef[LOW * job->channels]);
+    const W around = NAME(splat_wide)(coef[MEAN * job->channels]), one = NAME(ones)();
     const M tail = NAME(last)(rest);
-    const REAL *limit = (const REAL *)job->x + job->n * stride, *dy_limit = (const REAL *)job->dy + job->n * stride;
-    const Index skip = AHEAD / k.length, skipped = AHEAD % k.length;
-    const int far = job->run == 1;
     W dys = NAME(splat_wide)(0), dots = dys, dys2 = dys, dots2 = dys;
     for (Index row = k.first; row < k.first + k.rows; row++) {
-        const Index begin = (row * job->channels + c) * job->s + k.column;
-        const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
+        const Index at = row * stride + c * job->s + k.column;
+        const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
         const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
         Index i = 0;
-        for (; i + 2 * LANES <= k.length; i += 2 * LANES, sign += sign ? 2 : 0) {
-            if (far) {
-                NAME(far_ahead)(x, i, k.length, stride, skip, skipped, limit);
-                NAME(far_ahead)(dy, i, k.length, stride, skip, skipped, dy_limit);
-            }
-            V value = NAME(load)(x + i), value2 = NAME(load)(x + i + LANES);
-            W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
-            W g2 = NAME(widen)(NAME(gated)(NAME(load)(dy + i + LANES), value2, high, scale, low, slope, sign ? sign + 1 : 0));
-            dys = NAME(plus)(dys, g);
-            dys2 = NAME(plus)(dys2, g2);
-            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
-            dots2 = NAME(fused)(g2, NAME(widen)(value2 - mean), dots2);
+        for (int turned = 0; turned < 2; turned++) {
+            const Index stop = turned ? end : min(far.turn, end), ahead = turned ? far.after : far.before;
+            if (slope == 1)
+                for (; i < stop; i += 2 * LANES) {
+                    NAME(prefetch_two)(x + i + ahead);
+                    NAME(prefetch_two)(dy + i + ahead);
+                    W g = NAME(load_widened)(dy + i), g2 = NAME(load_widened)(dy + i + LANES);
+                    dys = NAME(added)(dys, g, one);
+                    dys2 = NAME(added)(dys2, g2, one);
+                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
+                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + i + LANES), around), dots2);
+                }
+            else
+                for (; i < stop; i += 2 * LANES, sign += sign ? 2 : 0) {
+                    NAME(prefetch_two)(x + i + ahead);
+                    NAME(prefetch_two)(dy + i + ahead);
+                    V value = NAME(load)(x + i), value2 = NAME(load)(x + i + LANES);
+                    V gate = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
+                    V gate2 = NAME(gated)(NAME(load)(dy + i + LANES), value2, high, scale, low, slope, sign ? sign + 1 : 0);
+                    W g = NAME(widen)(gate), g2 = NAME(widen)(gate2);
+                    dys = NAME(added)(dys, g, one);
+                    dys2 = NAME(added)(dys2, g2, one);
+                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
+                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + i + LANES), around), dots2);
+                }
         }
         if (i + LANES <= k.length) {
-            V value = NAME(load)(x + i);
-            W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign));
+            W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), NAME(load)(x + i), high, scale, low, slope, sign));
             dys = NAME(plus)(dys, g);
-            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
+            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
             if (sign) sign++;
         }
         if (rest) {
-            V value = NAME(load)(x + k.length - LANES);
-            V gate = NAME(gated)(NAME(load)(dy + k.length - LANES), value, high, scale, low, slope, sign);
+            const Index at_end = k.length - LANES;
+            V gate = NAME(gated)(NAME(load)(dy + at_end), NAME(load)(x + at_end), high, scale, low, slope, sign);
             W g = NAME(widen)((V)((M)gate & tail));
             dys = NAME(plus)(dys, g);
-            dots = NAME(fused)(g, NAME(widen)(value - mean), dots);
+            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at_end), around), dots);
         }
     }
-    *sum_dy += NAME(total)(NAME(plus)(dys, dys2));
-    *sum_dot += NAME(total)(NAME(plus)(dots, dots2));
+    *sum_dy = NAME(total)(NAME(plus)(dys, dys2));
+    *dot = NAME(total)(NAME(plus)(dots, dots2));
+}
+
+/* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
+   the twin. */
+point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
+    if (streaming) NAME(store_lanes)(x, value, LANES - rest, LANES);
+    else NAME(store)(x, value);
 }
 
 /* Output of the `length` values of channel c from `at` on. */
@@ -164,26 +179,28 @@ point void NAME(apply_row)(const Job *job, Index at, Index length, Index c, Inde
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), none = {0};
-    const Index end = length - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
+    const Index end = length - LANES, ahead = job->ahead, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
     Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
     for (Index j = 0; j < i; j += LANES) {
         V added = residual ? NAME(load)(residual + j) : none;
-        NAME(store)(y + j, NAME(output)(NAME(load)(x + j), added, high, scale, low, slope, 0));
+        V z = NAME(output)(NAME(load)(x + j), added, high, scale, low, slope, 0);
+        NAME(store_lanes)(y + j, z, 0, min(LANES, i - j));
     }
     if (slope == 1 && !residual)
         for (; i <= end; i += LANES) {
-            if (job->ahead) prefetch(x + i + job->ahead);
-            NAME(put)(y + i, (NAME(load)(x + i) - high) * scale + low, streaming);
+            if (ahead) prefetch(x + i + ahead);
+            NAME(put)(y + i, NAME(fma)(NAME(load)(x + i) - high, scale, low), streaming);
         }
     else
         for (; i <= end; i += LANES, sign += sign != 0) {
             V added = residual ? NAME(load)(residual + i) : none;
-            if (job->ahead) prefetch(x + i + job->ahead);
+            if (ahead) prefetch(x + i + ahead);
             NAME(put)(y + i, NAME(output)(NAME(load)(x + i), added, high, scale, low, slope, sign), streaming);
         }
-    if (i < length) NAME(store)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign));
+    if (i < length)
+        NAME(finish_row)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign), length - i, streaming);
 }
 
 /* dx, and dresidual if wanted, of the `length` values of channel c from `at` on. */
@@ -195,41 +212,283 @@ point void NAME(gradient_row)(const Job *job, Index at, Index length, Index c, I
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
     const V a = NAME(splat)(coef[A * job->channels]), b = NAME(splat)(coef[B * job->channels]);
-    const Index end = length - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
+    const Index end = length - LANES, ahead = job->ahead, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
+    const int training = job->training;
     const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
     Index i = streaming ? head : 0;
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
     for (Index j = 0; j < i; j += LANES) {
         V value = NAME(load)(x + j), g = NAME(gated)(NAME(load)(dy + j), value, high, scale, low, slope, 0);
-        NAME(store)(dx + j, NAME(gradient)(g, value, job->training, scale, mean, a, b));
-        if (dresidual) NAME(store)(dresidual + j, g);
+        NAME(store_lanes)(dx + j, NAME(gradient)(g, value, training, scale, mean, a, b), 0, min(LANES, i - j));
+        if (dresidual) NAME(store_lanes)(dresidual + j, g, 0, min(LANES, i - j));
     }
-    for (; i <= end; i += LANES, sign += sign != 0) {
-        V value = NAME(load)(x + i);
-        V g = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
-        if (job->ahead) {
-            prefetch(x + i + job->ahead);
-            prefetch(dy + i + job->ahead);
+    if (slope == 1 && training && !dresidual)
+        for (; i <= end; i += LANES) {
+            if (ahead) {
+                prefetch(x + i + ahead);
+                prefetch(dy + i + ahead);
+            }
+            V d = NAME(fma)(a, NAME(load)(x + i) - mean, b);
+            NAME(put)(dx + i, NAME(fma)(scale, NAME(load)(dy + i), d), streaming);
         }
-        NAME(put)(dx + i, NAME(gradient)(g, value, job->training, scale, mean, a, b), streaming);
-        if (dresidual) NAME(put)(dresidual + i, g, streaming);
-    }
+    else
+        for (; i <= end; i += LANES, sign += sign != 0) {
+            V value = NAME(load)(x + i);
+            V g = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
+            if (ahead) {
+                prefetch(x + i + ahead);
+                prefetch(dy + i + ahead);
+            }
+            NAME(put)(dx + i, NAME(gradient)(g, value, training, scale, mean, a, b), streaming);
+            if (dresidual) NAME(put)(dresidual + i, g, streaming);
+        }
     if (i < length) {
         V g = NAME(gated)(last_dy, last, high, scale, low, slope, sign);
-        NAME(store)(dx + end, NAME(gradient)(g, last, job->training, scale, mean, a, b));
-        if (dresidual) NAME(store)(dresidual + end, g);
+        NAME(finish_row)(dx + end, NAME(gradient)(g, last, training, scale, mean, a, b), length - i, streaming);
+        if (dresidual) NAME(finish_row)(dresidual + end, g, length - i, streaming);
     }
 }
 
 /* Output, or dx and dresidual, of a block of channels c0 to c1. */
-static void NAME(apply_block)(const Job *job, Index c0, Index c1, Block k, int backward) {
+static void NAME(apply_block)(const Job *job, Run run, Block k, int backward) {
     const Index words = words_of(job->s, LANES);
     for (Index row = k.first; row < k.first + k.rows; row++)
-        for (Index c = c0; c < c1; c++) {
+        for (Index c = run.c0; c < run.c1; c++) {
             const Index at = (row * job->channels + c) * job->s + k.column;
             const Index word = (row * job->channels + c) * words + k.column / LANES;
             (backward ? NAME(gradient_row) : NAME(apply_row))(job, at, k.length, c, word);
         }
+}
+
+/* --- columns ------------------------------------------------------------------------------------------------------ */
+
+/* Put the sums of the last vector, which overlaps, where its columns belong. */
+static void NAME(settle)(double *sums, Index width) {
+    const Index rest = width % LANES;
+    for (Index j = width - rest; j < width; j++) sums[j] = sums[j + LANES - rest];
+}
+
+/* Sums of x - shift and of its square for every column. */
+static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *shift,
+                              Index depth, Index ahead, double *s1, double *s2) {
+    const W zero = NAME(splat_wide)(0), one = NAME(ones)();
+    for (Index row = 0; row < rows; row += depth)
+        for (Index j = 0; j < width; j += LANES) {
+            const Index k = min(j, width - LANES); /* the last vector overlaps the one before it */
+            const REAL *x = (const REAL *)job->x + at + row * stride + k;
+            const W around = NAME(widen)(NAME(finite)(NAME(load)(shift + k)));
+            W sum1 = row ? NAME(load_wide)(s1 + j) : zero, sum2 = row ? NAME(load_wide)(s2 + j) : zero;
+            for (Index r = row; r < min(row + depth, rows); r++, x += stride) {
+                if (ahead) prefetch(x + ahead);
+                W d = NAME(minus)(NAME(load_widened)(x), around);
+                sum1 = NAME(added)(sum1, d, one);
+                sum2 = NAME(fused)(d, d, sum2);
+            }
+            NAME(store_wide)(s1 + j, sum1);
+            NAME(store_wide)(s2 + j, sum2);
+        }
+    NAME(settle)(s1, width);
+    NAME(settle)(s2, width);
+}
+
+/* Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`. */
+static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
+                                Index pitch, Index word, Index words, Index depth, Index ahead, double *s1, double *s2) {
+    const W zero = NAME(splat_wide)(0), one = NAME(ones)();
+    const REAL slope = job->slope;
+    for (Index row = 0; row < rows; row += depth)
+        for (Index j = 0; j < width; j += LANES) {
+            const Index k = min(j, width - LANES), end = min(row + depth, rows), begin = at + row * stride + k;
+            const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
+            const W around = NAME(load_widened)(coef + MEAN * pitch + k);
+            W sum_dy = row ? NAME(load_wide)(s1 + j) : zero, dot = row ? NAME(load_wide)(s2 + j) : zero;
+            if (slope == 1)
+                for (Index r = row; r < end; r++, x += stride, dy += stride) {
+                    if (ahead) {
+                        prefetch(x + ahead);
+                        prefetch(dy + ahead);
+                    }
+                    W g = NAME(load_widened)(dy);
+                    sum_dy = NAME(added)(sum_dy, g, one);
+                    dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
+                }
+            else {
+                const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
+                const V low = NAME(load)(coef + LOW * pitch + k);
+                const uint16_t *sign = job->signs ? job->signs + word + row * words + j / LANES : 0;
+                for (Index r = row; r < end; r++, x += stride, dy += stride, sign += sign ? words : 0) {
+                    if (ahead) {
+                        prefetch(x + ahead);
+                        prefetch(dy + ahead);
+                    }
+                    W g = NAME(widen)(NAME(gated)(NAME(load)(dy), NAME(load)(x), high, scale, low, slope, sign));
+                    sum_dy = NAME(added)(sum_dy, g, one);
+                    dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
+                }
+            }
+            NAME(store_wide)(s1 + j, sum_dy);
+            NAME(store_wide)(s2 + j, dot);
+        }
+    NAME(settle)(s1, width);
+    NAME(settle)(s2, width);
+}
+
+/* Output of the vector at column j. */
+point V NAME(output_column)(V x, V added, const REAL *coef, Index pitch, REAL slope, uint16_t *sign) {
+    V high = NAME(load)(coef + HIGH * pitch), scale = NAME(load)(coef + SCALE * pitch);
+    return NAME(output)(x, added, high, scale, NAME(load)(coef + LOW * pitch), slope, sign);
+}
+
+/* Output of a row. */
+point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index word,
+                               Index ahead) {
+    const REAL *x = (const REAL *)job->x + at, *residual = job->residual ? (const REAL *)job->residual + at : 0;
+    REAL *y = (REAL *)job->y + at;
+    uint16_t *sign = job->signs ? job->signs + word : 0;
+    const REAL slope = job->slope;
+    const Index end = width - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
+    const int streaming = job->streaming && !(sign && head);
+    const V none = {0}, last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
+    Index i = streaming ? head : 0;
+    for (Index j = 0; j < i; j += LANES) {
+        V added = residual ? NAME(load)(residual + j) : none;
+        V z = NAME(output_column)(NAME(load)(x + j), added, coef + j, pitch, slope, 0);
+        NAME(store_lanes)(y + j, z, 0, min(LANES, i - j));
+    }
+    if (slope == 1 && !residual)
+        for (; i <= end; i += LANES) {
+            if (ahead) prefetch(x + i + ahead);
+            V z = NAME(load)(x + i) - NAME(load)(coef + HIGH * pitch + i);
+            z = NAME(fma)(z, NAME(load)(coef + SCALE * pitch + i), NAME(load)(coef + LOW * pitch + i));
+            NAME(put)(y + i, z, streaming);
+        }
+    else
+        for (; i <= end; i += LANES, sign += sign != 0) {
+            V added = residual ? NAME(load)(residual + i) : none;
+            if (ahead) prefetch(x + i + ahead);
+            NAME(put)(y + i, NAME(output_column)(NAME(load)(x + i), added, coef + i, pitch, slope, sign), streaming);
+        }
+    if (i < width) {
+        V z = NAME(output_column)(last, last_added, coef + end, pitch, slope, sign);
+        NAME(finish_row)(y + end, z, width - i, streaming);
+    }
+}
+
+/* dx of the vector at a column, and its gated dy. */
+point V NAME(gradient_column)(V *g, V x, const REAL *coef, Index pitch, REAL slope, const uint16_t *sign, int training) {
+    V high = NAME(load)(coef + HIGH * pitch), scale = NAME(load)(coef + SCALE * pitch);
+    V low = NAME(load)(coef + LOW * pitch), mean = NAME(load)(coef + MEAN * pitch);
+    V a = NAME(load)(coef + A * pitch), b = NAME(load)(coef + B * pitch);
+    *g = NAME(gated)(*g, x, high, scale, low, slope, sign);
+    return NAME(gradient)(*g, x, training, scale, mean, a, b);
+}
+
+/* dx, and dresidual if wanted, of a row. */
+point void NAME(gradient_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index word,
+                                  Index ahead) {
+    const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
+    REAL *dx = (REAL *)job->dx + at, *dresidual = job->dresidual ? (REAL *)job->dresidual + at : 0;
+    const uint16_t *sign = job->signs ? job->signs + word : 0;
+    const REAL slope = job->slope;
+    const int training = job->training;
+    const Index end = width - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
+    const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
+    const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
+    Index i = streaming ? head : 0;
+    for (Index j = 0; j < i; j += LANES) {
+        V g = NAME(load)(dy + j), d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j, pitch, slope, 0, training);
+        NAME(store_lanes)(dx + j, d, 0, min(LANES, i - j));
+        if (dresidual) NAME(store_lanes)(dresidual + j, g, 0, min(LANES, i - j));
+    }
+    if (slope == 1 && training && !dresidual)
+        for (; i <= end; i += LANES) {
+            if (ahead) {
+                prefetch(x + i + ahead);
+                prefetch(dy + i + ahead);
+            }
+            V d = NAME(load)(x + i) - NAME(load)(coef + MEAN * pitch + i);
+            d = NAME(fma)(NAME(load)(coef + A * pitch + i), d, NAME(load)(coef + B * pitch + i));
+            NAME(put)(dx + i, NAME(fma)(NAME(load)(coef + SCALE * pitch + i), NAME(load)(dy + i), d), streaming);
+        }
+    else
+        for (; i <= end; i += LANES, sign += sign != 0) {
+            V g = NAME(load)(dy + i);
+            V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i, pitch, slope, sign, training);
+            NAME(put)(dx + i, d, streaming);
+            if (dresidual) NAME(put)(dresidual + i, g, streaming);
+        }
+    if (i < width) {
+        V g = last_dy, d = NAME(gradient_column)(&g, last, coef + end, pitch, slope, sign, training);
+        NAME(finish_row)(dx + end, d, width - i, streaming);
+        if (dresidual) NAME(finish_row)(dresidual + end, g, width - i, streaming);
+    }
+}
+
+/* Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched. */
+static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
+                             Index pitch, Index word, Index words, Index ahead, int backward) {
+    for (Index r = 0; r < rows; r++, at += stride, word += words)
+        (backward ? NAME(gradient_columns) : NAME(apply_columns))(job, at, width, coef, pitch, word, ahead);
+}
+
+/* --- slabs -------------------------------------------------------------------------------------------------------- */
+
+/* row[0 : length] = value, of at least a vector */
+point void NAME(repeat)(REAL value, Index length, REAL *row) {
+    const V all = NAME(splat)(value);
+    for (Index i = 0; i < length - LANES; i += LANES) NAME(store)(row + i, all);
+    NAME(store)(row + length - LANES, all);
+}
+
+/* Sum of sums[0 : length], at least a vector of them. */
+point double NAME(total_of)(const double *sums, Index length) {
+    const Index rest = length % LANES;
+    W both = NAME(splat_wide)(0);
+    for (Index i = 0; i + LANES <= length; i += LANES) both = NAME(plus)(both, NAME(load_wide)(sums + i));
+    double sum = NAME(total)(both);
+    for (Index i = length - rest; i < length; i++) sum += sums[i];
+    return sum;
+}
+
+/* Mean and m2 of block b of a run of channels, into `part`. */
+static void NAME(slab_moments)(const Job *job, Run run, Index b) {
+    const Block k = block_of(b, job->n, job->s);
+    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s, width = (run.c1 - run.c0) * s;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    REAL shifts[WIDEST];
+    double s1[WIDEST], s2[WIDEST];
+    for (Index j = 0; j < width; j += s) NAME(repeat)(NAME(shift_of)((const REAL *)job->x + at + j), s, shifts + j);
+    NAME(sum_moments)(job, at, stride, k.rows, width, shifts, SLAB_DEPTH, 0, s1, s2);
+    for (Index j = 0; j < width; j += s, part++)
+        moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
+}
+
+/* Rows `first` to `end` of the coefficients of a run of channels, for every column. */
+point void NAME(slab_coef)(const Job *job, Run run, REAL *coef, Index first, Index end) {
+    for (Index r = first; r < end; r++)
+        for (Index c = run.c0; c < run.c1; c++)
+            NAME(repeat)(((const REAL *)job->coef)[r * job->channels + c], job->s, coef + r * SLAB + (c - run.c0) * job->s);
+}
+
+/* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
+static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
+    const Block k = block_of(b, job->n, job->s);
+    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s, width = (run.c1 - run.c0) * s;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    REAL coef[SLAB_COEF];
+    double s1[WIDEST], s2[WIDEST];
+    NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
+    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, 0, 0, SLAB_DEPTH, 0, s1, s2);
+    for (Index j = 0; j < width; j += s, part++)
+        part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
+}
+
+/* Output, or dx and dresidual, of a run of channels in the samples of a block. */
+static void NAME(apply_slab)(const Job *job, Run run, Block k, Index ahead, int backward) {
+    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s;
+    REAL coef[SLAB_COEF];
+    NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
+    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 0, 0, ahead, backward);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -237,154 +496,99 @@ static void NAME(apply_block)(const Job *job, Index c0, Index c1, Block k, int b
 /* Mean and m2 of every column of a chunk of a block of rows, into `part` (blocks, 2, columns). */
 static void NAME(column_moments)(const Job *job, Index t) {
     const Chunk q = chunk_of(job, t);
-    const Index columns = job->columns;
-    const REAL *origin = (const REAL *)job->x + q.first * columns + q.column, *x = origin;
-    double *s1 = q.part, *s2 = s1 + columns;
-    const M tail = NAME(last)(q.width % LANES);
-    for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
-    for (Index row = q.first; row < q.end; row += DEPTH, x += DEPTH * columns)
-        for (Index j = 0; j < q.width; j += LANES) {
-            const Index k = min(j, q.width - LANES), depth = min(DEPTH, q.end - row);
-            const V shift = NAME(finite)(NAME(load)(origin + k));
-            W sum1 = NAME(load_wide)(s1 + k), sum2 = NAME(load_wide)(s2 + k);
-            for (Index r = 0; r < depth; r++) {
-                prefetch(x + r * columns + k + AHEAD);
-                V value = NAME(load)(x + r * columns + k);
-                if (k < j) value = NAME(where)(tail, value, shift);
-                W d = NAME(minus)(NAME(widen)(value), NAME(widen)(shift));
-                sum1 = NAME(plus)(sum1, d);
-                sum2 = NAME(fused)(d, d, sum2);
-            }
-            NAME(store_wide)(s1 + k, sum1);
-            NAME(store_wide)(s2 + k, sum2);
-        }
-    for (Index j = 0; j < q.width; j++) {
-        const double mean = s1[j] / (q.end - q.first), m2 = s2[j] - s1[j] * mean;
-        s1[j] = mean + (isfinite(origin[j]) ? origin[j] : 0);
-        s2[j] = m2 < 0 ? 0 : m2;
-    }
+    const Index columns = job->columns, at = q.first * columns + q.column;
+    const REAL *shifts = (const REAL *)job->x + at;
+    double s1[WIDEST], s2[WIDEST];
+    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, DEPTH, AHEAD, s1, s2);
+    for (Index j = 0; j < q.width; j++)
+        moments_of(NAME(shift_of)(shifts + j), q.rows, s1[j], s2[j], q.part + j, q.part + j + columns);
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns). */
 static void NAME(column_gradients)(const Job *job, Index t) {
     const Chunk q = chunk_of(job, t);
-    const Index columns = job->columns, words = words_of(columns, LANES), begin = q.first * columns + q.column;
-    const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
-    const uint16_t *sign = job->signs ? job->signs + q.first * words + q.column / LANES : 0;
-    const REAL *coef = (const REAL *)job->coef + q.column, slope = job->slope;
-    double *s1 = q.part, *s2 = s1 + columns;
-    const M tail = NAME(last)(q.width % LANES);
-    for (Index j = 0; j < q.width; j++) s1[j] = s2[j] = 0;
-    for (Index row = q.first; row < q.end; row += DEPTH, x += DEPTH * columns, dy += DEPTH * columns) {
-        for (Index j = 0; j < q.width; j += LANES) {
-            const Index k = min(j, q.width - LANES), depth = min(DEPTH, q.end - row);
-            const V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
-            const V low = NAME(load)(coef + LOW * columns + k), mean = NAME(load)(coef + MEAN * columns + k);
-            W sum_dy = NAME(load_wide)(s1 + k), dot = NAME(load_wide)(s2 + k);
-            for (Index r = 0; r < depth; r++) {
-                prefetch(x + r * columns + k + AHEAD);
-                prefetch(dy + r * columns + k + AHEAD);
-                V value = NAME(load)(x + r * columns + k), g = NAME(load)(dy + r * columns + k);
-                g = NAME(gated)(g, value, high, scale, low, slope, sign ? sign + r * words + j / LANES : 0);
-                if (k < j) g = (V)((M)g & tail);
-                sum_dy = NAME(plus)(sum_dy, NAME(widen)(g));
-                dot = NAME(fused)(NAME(widen)(g), NAME(widen)(value - mean), dot);
-            }
-            NAME(store_wide)(s1 + k, sum_dy);
-            NAME(store_wide)(s2 + k, dot);
-        }
-        if (sign) sign += DEPTH * words;
-    }
-}
-
-/* Output of a row. */
-point void NAME(apply_columns)(const Job *job, Index row) {
-    const REAL *coef = (const REAL *)job->coef, slope = job->slope;
-    const Index columns = job->columns, end = columns - LANES;
-    const REAL *x = (const REAL *)job->x + row * columns;
-    const REAL *residual = job->residual ? (const REAL *)job->residual + row * columns : 0;
-    REAL *y = (REAL *)job->y + row * columns;
-    uint16_t *sign = job->signs ? job->signs + row * words_of(columns, LANES) : 0;
-    const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : (V){0};
-    for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
-        const Index k = min(j, end);
-        V value = k < j ? last : NAME(load)(x + k);
-        V added = k < j || !residual ? last_added : NAME(load)(residual + k);
-        V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
-        V low = NAME(load)(coef + LOW * columns + k);
-        NAME(put)(y + k, NAME(output)(value, added, high, scale, low, slope, sign), job->streaming);
-    }
-}
-
-/* dx, and dresidual if wanted, of a row. */
-point void NAME(gradient_columns)(const Job *job, Index row) {
-    const REAL *coef = (const REAL *)job->coef, slope = job->slope;
-    const Index columns = job->columns, end = columns - LANES;
-    const REAL *x = (const REAL *)job->x + row * columns, *dy = (const REAL *)job->dy + row * columns;
-    REAL *dx = (REAL *)job->dx + row * columns, *dresidual = job->dresidual ? (REAL *)job->dresidual + row * columns : 0;
-    const uint16_t *sign = job->signs ? job->signs + row * words_of(columns, LANES) : 0;
-    const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    for (Index j = 0; j < columns; j += LANES, sign += sign != 0) {
-        const Index k = min(j, end);
-        V value = k < j ? last : NAME(load)(x + k), g = k < j ? last_dy : NAME(load)(dy + k);
-        V high = NAME(load)(coef + HIGH * columns + k), scale = NAME(load)(coef + SCALE * columns + k);
-        V low = NAME(load)(coef + LOW * columns + k), mean = NAME(load)(coef + MEAN * columns + k);
-        V a = NAME(load)(coef + A * columns + k), b = NAME(load)(coef + B * columns + k);
-        g = NAME(gated)(g, value, high, scale, low, slope, sign);
-        NAME(put)(dx + k, NAME(gradient)(g, value, job->training, scale, mean, a, b), job->streaming);
-        if (dresidual) NAME(put)(dresidual + k, g, job->streaming);
-    }
+    const Index columns = job->columns, words = words_of(columns, LANES), at = q.first * columns + q.column;
+    const Index word = q.first * words + q.column / LANES;
+    const REAL *coef = (const REAL *)job->coef + q.column;
+    double s1[WIDEST], s2[WIDEST];
+    NAME(sum_gradients)(job, at, columns, q.rows, q.width, coef, columns, word, words, DEPTH, AHEAD, s1, s2);
+    for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
 /* Output, or dx and dresidual, of the t-th group of rows. */
 static void NAME(apply_group)(const Job *job, Index t, int backward) {
-    const Index group = group_of(job->columns);
-    for (Index row = t * group; row < min((t + 1) * group, job->rows); row++)
-        (backward ? NAME(gradient_columns) : NAME(apply_columns))(job, row);
+    const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
+    const Index words = words_of(columns, LANES);
+    const REAL *coef = (const REAL *)job->coef;
+    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, first * words, words, 0, backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
 
-/* Statistics and coefficients of channel c, all its blocks. */
-static void NAME(fused_moments)(const Job *job, Index c) {
-    Moments total = {0}, part;
-    for (Index b = 0; b < job->blocks; b++) {
-        part.count = NAME(block_moments)(job, c, b, &part.mean, &part.m2);
-        merge(&total, part);
+/* The parts of channel c together, in order, and what follows from them if output is wanted. */
+static void NAME(finish_channel)(const Job *job, Index c, int backward, int apply) {
+    const Index columns = job->columns, channels = job->channels, length = columns ? job->s : 1;
+    const Index width = columns ? columns : channels;
+    const Index rest = columns ? job->n * channels * job->s - job->rows * columns : 0;
+    Moments total = {0};
+    double sum_dy = 0, dot = 0;
+    for (Index begin = c * length; begin < width; begin += channels * length)
+        for (Index j = begin; j < begin + length; j++)
+            for (Index b = 0; b < job->blocks + (j < rest); b++) {
+                const double *part = job->part + 2 * b * width + j;
+                if (backward) sum_dy += part[0], dot += part[width];
+                else merge(&total, (Moments){size_of(job, b), part[0], part[width]});
+            }
+    if (apply && backward) finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
+    else if (apply) finish_statistics(job, c, total.mean, total.m2);
+    else if (backward) {
+        const double mean = job->stats[c];
+        job->grads[c] = sum_dy;
+        job->grads[channels + c] = dot - (mean - (REAL)mean) * sum_dy;
+    } else {
+        job->stats[c] = total.mean;
+        job->stats[channels + c] = total.m2;
     }
-    finish_statistics(job, c, total.mean, total.m2);
-    NAME(round_affine)(job, c, c);
 }
 
-/* Gradients of weight and bias and coefficients of channel c, all its blocks. */
-static void NAME(fused_gradients)(const Job *job, Index c) {
-    double sum_dy = 0, dot = 0;
-    for (Index b = 0; b < job->blocks; b++) NAME(block_gradients)(job, c, b, &sum_dy, &dot);
-    finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
-    NAME(round_gradient)(job, c, c);
+/* Mean and m2, or sums of gradients, of block b of a run of channels, into `part` (blocks, 2, channels). */
+static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
+    if (in_slabs(job)) (backward ? NAME(slab_gradients) : NAME(slab_moments))(job, run, b);
+    else
+        for (Index c = run.c0; c < run.c1; c++) {
+            double *part = job->part + 2 * b * job->channels + c;
+            (backward ? NAME(block_gradients) : NAME(block_moments))(job, c, b, part, part + job->channels);
+        }
+}
+
+/* Output, or dx and dresidual, of a block of a run of channels. */
+static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
+    if (in_slabs(job)) NAME(apply_slab)(job, run, k, fused ? 0 : job->channels * job->s, backward);
+    else NAME(apply_block)(job, run, k, backward);
+}
+
+/* Reduction and output of run t. */
+static void NAME(run_at_once)(const Job *job, Index t, int backward) {
+    const Run run = run_of(job, t, job->run);
+    for (Index b = 0; b < job->blocks; b++) NAME(reduce_run)(job, run, b, backward);
+    for (Index c = run.c0; c < run.c1; c++) {
+        NAME(finish_channel)(job, c, backward, 1);
+        (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
+    }
+    for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
+        NAME(apply_run)(job, run, block_of(b, job->n, job->s), backward, 1);
 }
 
 /* Task t of a phase. */
 static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     switch (phase) {
-    case FUSED: {
-        const Index c0 = t * job->run, c1 = min(c0 + job->run, job->channels);
-        for (Index c = c0; c < c1; c++) (backward ? NAME(fused_gradients) : NAME(fused_moments))(job, c);
-        for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
-            NAME(apply_block)(job, c0, c1, block_of(b, job->n, job->s), backward);
-        break;
-    }
-    case REDUCE: {
-        const Index c = t / job->blocks, b = t % job->blocks;
-        double *part = job->part + 2 * b * job->channels + c;
-        part[0] = part[job->channels] = 0;
-        if (backward) NAME(block_gradients)(job, c, b, part, part + job->channels);
-        else NAME(block_moments)(job, c, b, part, part + job->channels);
-        break;
-    }
+    case FUSED: NAME(run_at_once)(job, t, backward); break;
+    case REDUCE: NAME(reduce_run)(job, run_of(job, t / job->blocks, job->run), t % job->blocks, backward); break;
     case APPLY: {
-        const Span a = span_of(t, job);
-        NAME(apply_block)(job, a.c0, a.c1, a.block, backward);
+        const Index runs = runs_of(job, spread_of(job)), b = t / runs, first = b * group_of_rows(job);
+        const Block rows = {first, min(group_of_rows(job), job->n - first), 0, job->s}; /* in the order of memory */
+        const Block block = job->s > BLOCK ? block_of(b, job->n, job->s) : rows;
+        NAME(apply_run)(job, run_of(job, t % runs, spread_of(job)), block, backward, 0);
         break;
     }
     case REDUCE_COLUMNS: (backward ? NAME(column_gradients) : NAME(column_moments))(job, t); break;
@@ -405,34 +609,6 @@ static void NAME(prepare)(const Job *job, int backward, int phase) {
         if (backward && apply) NAME(round_gradient)(job, j, c);
         if (++k == length) k = 0, c++;
         if (c == job->channels) c = 0;
-    }
-}
-
-/* What comes after a reduction: the parts of every channel together, in order, and what follows if it is wanted. */
-static void NAME(finish)(const Job *job, int backward, int apply) {
-    const Index columns = job->columns, channels = job->channels, length = columns ? job->s : 1;
-    const Index width = columns ? columns : channels;
-    const Index rest = columns ? job->n * channels * job->s - job->rows * columns : 0;
-    for (Index c = 0; c < channels; c++) {
-        Moments total = {0};
-        double sum_dy = 0, dot = 0;
-        for (Index begin = c * length; begin < width; begin += channels * length)
-            for (Index j = begin; j < begin + length; j++)
-                for (Index b = 0; b < job->blocks + (j < rest); b++) {
-                    const double *part = job->part + 2 * b * width + j;
-                    if (backward) sum_dy += part[0], dot += part[width];
-                    else merge(&total, (Moments){size_of(job, b), part[0], part[width]});
-                }
-        if (apply && backward) finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
-        else if (apply) finish_statistics(job, c, total.mean, total.m2);
-        else if (backward) {
-            const double mean = job->stats[c];
-            job->grads[c] = sum_dy;
-            job->grads[channels + c] = dot - (mean - (REAL)mean) * sum_dy;
-        } else {
-            job->stats[c] = total.mean;
-            job->stats[channels + c] = total.m2;
-        }
     }
 }
 
@@ -470,7 +646,7 @@ static void NAME(last_row)(const Job *job, int backward, int phase) {
     NAME(unpadded)(job, row.dresidual, job->dresidual);
 }
 
-static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish)};
+static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish_channel)};
 
 #undef V
 #undef M

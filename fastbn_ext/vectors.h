@@ -3,7 +3,7 @@
    GCC's and Clang's vector extension is compiled for whatever the CPU has; only streaming stores and the sign mask need
    intrinsics, and have plain C where there are none. A V fills one register, and its values as float64 a W of one or two:
    GCC 12 keeps vectors wider than a register on the stack, also between the rounds of a loop (32x64x112x112, training
-   with AVX2: 5.4 copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus` and `fused`.
+   with AVX2: 5.4 copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus` and `fused`, V has `fma`.
 */
 
 #define LANES (VECTOR_BYTES / (Index)sizeof(REAL))
@@ -27,12 +27,14 @@ point V NAME(load)(const REAL *x) { return *(const V *)x; }
 point void NAME(store)(REAL *x, V value) { *(V *)x = value; }
 point V NAME(splat)(REAL value) { return value - (V){0}; }
 
+point V NAME(fma)(V a, V b, V c) { return JOIN(FMA, REAL)(a, b, c); } /* a * b + c, as `fused` for W */
+
 point W NAME(load_wide)(const double *x) { return WIDE(*(const D *)x, *(const D *)(x + VECTOR_BYTES / 8)); }
 point void NAME(store_wide)(double *x, W value) { *(W *)x = value; }
 point W NAME(splat_wide)(double value) { return WIDE(value - (D){0}, value - (D){0}); }
 point W NAME(plus)(W a, W b) { return WIDE(a.low + b.low, a.high + b.high); }
 point W NAME(minus)(W a, W b) { return WIDE(a.low - b.low, a.high - b.high); }
-point W NAME(fused)(W a, W b, W c) { return WIDE(a.low * b.low + c.low, a.high * b.high + c.high); } /* a * b + c */
+point W NAME(fused)(W a, W b, W c) { return WIDE(FMA_double(a.low, b.low, c.low), FMA_double(a.high, b.high, c.high)); }
 
 point W NAME(widen)(V value) {
 #if REAL_BYTES == 8
@@ -46,6 +48,38 @@ point W NAME(widen)(V value) {
 #else
     return (W){{value[0], value[1]}, {value[2], value[3]}};
 #endif
+}
+
+/* widen(load(x)), which converts as it loads */
+point W NAME(load_widened)(const REAL *x) {
+#if REAL_BYTES == 4 && VECTOR_BYTES == 64
+    return (W){(D)_mm512_cvtps_pd(_mm256_loadu_ps(x)), (D)_mm512_cvtps_pd(_mm256_loadu_ps(x + 8))};
+#elif REAL_BYTES == 4 && VECTOR_BYTES == 32
+    return (W){(D)_mm256_cvtps_pd(_mm_loadu_ps(x)), (D)_mm256_cvtps_pd(_mm_loadu_ps(x + 4))};
+#else
+    return NAME(widen)(NAME(load)(x));
+#endif
+}
+
+/* W with 1 in every lane, of which the compiler does not know that a product with it is nothing to compute. */
+point W NAME(ones)(void) {
+    double one = 1;
+    __asm__("" : "+m"(one));
+    return NAME(splat_wide)(one);
+}
+
+/* sum + value * one, where products and sums are one operation */
+point W NAME(added)(W sum, W value, W one) {
+#if VECTOR_BYTES == 16
+    return NAME(plus)(sum, value);
+#else
+    return NAME(fused)(value, one, sum);
+#endif
+}
+
+/* As store, lanes `first` to `end` alone: other bytes are not touched. */
+point void NAME(store_lanes)(REAL *x, V value, Index first, Index end) {
+    for (Index k = first; k < end; k++) x[k] = value[k];
 }
 
 /* As store, past the cache; x must lie on a line's boundary. Needs a fence at the end. */

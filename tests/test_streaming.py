@@ -17,7 +17,8 @@ import fastbn
 from fastbn.backends import _plan
 
 LONG_ROWS = tuple(case for case in PARALLEL if case.axis == 1 and np.prod(case.shape[2:]) > 1024)
-STREAMED = (*LONG_ROWS, Case((4096, 64)), Case((8, 55, 55, 16), axis=-1))
+SHORT_ROWS = (Case((5, 144, 7, 7)), Case((9, 17, 13, 13)), Case((40, 5, 22, 22)))
+STREAMED = (*LONG_ROWS, *SHORT_ROWS, Case((4096, 64)), Case((8, 55, 55, 16), axis=-1))
 
 pytestmark = [
     pytest.mark.parametrize("backend", ("numba", "cython"), indirect=True, scope="module"),
@@ -90,6 +91,32 @@ def test_streamed_results(case):
     s = math.prod(case.shape[2:]) if case.axis == 1 else 1
     assert _plan.plan(case.size // case.channels // s, case.channels, s, 4, 1, 2, CPUS).streaming
     check_results(case)
+
+
+def test_what_is_not_there_does_not_keep_numba_from_streaming(backend):
+    """Arrays that a pass has no use for are null pointers, which are equal."""
+    if backend != "numba":
+        return
+    from numba import njit
+
+    from fastbn.backends import _job, numba_
+
+    none, x, dy, out = np.empty(0, np.float32), *(np.zeros(16, np.float32) for _ in range(3))
+    rest = (np.empty(0, np.uint16), *(np.empty(0),) * 4)
+
+    @njit
+    def streams(arguments):
+        return numba_.can_stream(_job.make_job(arguments))
+
+    def can_stream(x, residual, dy, y, dx):
+        sizes, flags, numbers = (0,) * len(_job.SIZES), (True, True), (0.0, 1.0)
+        return streams((*sizes, *flags, *numbers, x, residual, dy, y, dx, none, none, *rest))
+
+    assert can_stream(x, none, none, out, none)
+    assert can_stream(x, none, dy, none, out)
+    assert not can_stream(x, none, none, x, none)
+    assert not can_stream(x, out, none, out, none)
+    assert not can_stream(x, none, dy, none, dy)
 
 
 @pytest.mark.parametrize("case", STREAMED, ids=str)

@@ -126,8 +126,9 @@ def apart(typing, function, arguments):
 def linking(*functions):
     """Intrinsic that takes these functions, as compiled for its job, into the library of the function that calls it.
 
-    A job is their first argument. One that were not linked would be found as long as it lies in the same process, and
-    not by a kernel that is loaded from disk.
+    A job is their first argument, and callers come before what they call: LLVM takes in what is referred to already.
+    One that were not linked would be found as long as it lies in the same process, and not by a kernel that is loaded
+    from disk.
     """
 
     @intrinsic

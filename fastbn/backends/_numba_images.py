@@ -25,6 +25,7 @@ from numba.np.numpy_support import from_dtype
 from fastbn.backends import _plan, _vectors, numba_
 from fastbn.backends._cache import digest_of
 from fastbn.backends._images import HALF, INTEGERS, lanes
+from fastbn.backends._plan import LONGEST_FOLD
 from fastbn.backends._vectors import ahead_of, noinline, pointer, prefetch, scratch, team
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -298,7 +299,7 @@ def integer_task(x, t, length, pieces, piece, width, tile, whole, part):
     vector = lanes_of(x)
     start, size = piece_of(t, length, pieces, piece)
     out = ahead_of(part, 2 * t * (1 if whole else width))
-    s1 = scratch(part) if whole else out
+    s1 = scratch(part, LONGEST_FOLD) if whole else out
     s2 = ahead_of(s1, width)
     for j in range(2 * width):
         s1[j] = 0
@@ -329,7 +330,7 @@ def float_task(x, t, length, pieces, piece, width, tile, whole, part):
     vector = FLOAT_LANES
     start, size = piece_of(t, length, pieces, piece)
     out = ahead_of(part, 3 * t * (1 if whole else width))
-    s1 = scratch(part) if whole else ahead_of(out, width)
+    s1 = scratch(part, LONGEST_FOLD) if whole else ahead_of(out, width)
     s2 = ahead_of(s1, width)
     for j in range(2 * width):
         s1[j] = 0.0

@@ -102,7 +102,7 @@ class Operations:
         none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(False, True, True, *cut, n, c, s, True, eps, slope, x, residual, none, y, none, none, coef, signs),
-            *(stats, affine, _NO_ROWS, _parts(cut, c) if cut.split else _NO_PARTS),
+            *(stats, affine, _NO_ROWS, _parts(cut, c)),
         )
 
     def transform(
@@ -139,7 +139,7 @@ class Operations:
         none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(True, True, True, *cut, n, c, s, training, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs),
-            *(stats, affine, grads, _parts(cut, c) if cut.split else _NO_PARTS),
+            *(stats, affine, grads, _parts(cut, c)),
         )
         dweight[:] = grads[0]
         dbias[:] = grads[1]

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-from fastbn.backends._plan import LANES, LONGEST_FOLD
+from fastbn.backends._plan import LANES
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
@@ -110,17 +110,18 @@ def ahead_of(typing, x, i):
     return x(x, types.intp), build
 
 
-@intrinsic
-def scratch(typing, x):
-    """Pointer to `LONGEST_FOLD` values like those of `x` on the stack, on a 64-byte boundary."""
+@intrinsic(prefer_literal=True)
+def scratch(typing, x, count):
+    """Pointer to `count` values like those of `x` on the stack, on a 64-byte boundary."""
+    size = count.literal_value
 
     def build(context, builder, signature, args):
         with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(args[0].type.pointee, LONGEST_FOLD))
+            room = builder.alloca(ir.ArrayType(args[0].type.pointee, size))
             room.align = 64
         return builder.bitcast(room, args[0].type)
 
-    return x(x), build
+    return x(x, count), build
 
 
 @intrinsic
@@ -176,6 +177,21 @@ def _storing(x, value, align, metadata):
 def store(typing, x, i, value):
     """``x[i : i + 16] = value``."""
     return _storing(x, value, value.dtype.bitwidth // 8, None)
+
+
+@intrinsic
+def store_where(typing, x, i, mask, value):
+    """As `store`, in the lanes where `mask` is true: other bytes are not touched."""
+
+    def build(context, builder, signature, args):
+        address = _vector_pointer(builder, args[0], args[1], value.llvm)
+        function = ir.FunctionType(ir.VoidType(), [value.llvm, address.type, _I32, mask.llvm])
+        name = f"llvm.masked.store.{_SUFFIX[value.dtype]}.p0"
+        llvm = cgutils.get_or_insert_function(builder.module, function, name)
+        builder.call(llvm, [args[3], address, _I32(value.dtype.bitwidth // 8), args[2]])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, mask, value), build
 
 
 @intrinsic
@@ -318,19 +334,29 @@ def total(typing, value):
     return value.dtype(value), build
 
 
+def _lanes_where(compare, bound):
+    """Intrinsic's result for the lanes whose index compares so to the scalar that `bound` builds of the argument."""
+
+    def build(context, builder, signature, args):
+        scalar = builder.trunc(bound(builder, args[0]), _I32)
+        undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
+        first = builder.insert_element(undefined, scalar, _I32(0))
+        everywhere = builder.shuffle_vector(first, undefined, _lanes([0] * LANES))
+        return builder.icmp_signed(compare, _lanes(range(LANES)), everywhere)
+
+    return BOOLEANS(types.intp), build
+
+
+@intrinsic
+def foremost(typing, k):
+    """M that is true in the first `k` lanes."""
+    return _lanes_where("<", lambda _, k: k)
+
+
 @intrinsic
 def last(typing, k):
     """M that is true in the last `k` lanes."""
-
-    def build(context, builder, signature, args):
-        first = builder.trunc(builder.sub(_I64(LANES), args[0]), _I32)
-        undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
-        bound = builder.shuffle_vector(
-            builder.insert_element(undefined, first, _I32(0)), undefined, _lanes([0] * LANES)
-        )
-        return builder.icmp_signed(">=", _lanes(range(LANES)), bound)
-
-    return BOOLEANS(types.intp), build
+    return _lanes_where(">=", lambda builder, k: builder.sub(_I64(LANES), k))
 
 
 @intrinsic

@@ -3,7 +3,8 @@
 Design
 ------
 A. `_plan` says how a tensor is cut; this file computes. Its parts, in order: channel arithmetic (scalars), points (one
-   vector), the row nest, the column nest, phases, kernels. `fastbn_ext` has the same parts under the same names.
+   vector), the row nest, columns, slabs, the column nest, phases, kernels. `fastbn_ext` has the same parts under the
+   same names.
 B. Inner loops are written with the vectors of `_vectors`; there is no fastmath, so every sum has one order and every
    result is bitwise reproducible. One subtraction and one fused multiply-add a value is all that a normalisation costs.
 C. Statistics of a block are sums of deviations from `shift`, one of the block's own values, in float64. Its distance
@@ -12,14 +13,17 @@ C. Statistics of a block are sums of deviations from `shift`, one of the block's
 D. ``y = (x - high) * scale + low``: `high` is the mean rounded to x's dtype, so that the difference is exact where x is
    near the mean; `low` carries the bias and the mean's rounding error.
 E. A row's last, partial vector overlaps the one before it, and is loaded before anything is stored, so that y may be x.
-F. Streamed output begins with a plain vector up to the first line of the cache, and goes on in whole lines. A stage in
-   L1, which would let short rows be streamed too, was tried: 1.25 copies for inference where this costs 1.0, because
+F. Streamed output goes in whole lines; what lies before the first and behind the last of a row is stored by lanes. A
+   stage in L1, which would let rows share lines, was tried: 1.25 copies for inference where this costs 1.0, because
    reads and writes no longer overlap.
-G. Statistics prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies). While short
-   rows of a task are written, those of the next are prefetched (32x1024x14x14: training 2.7 to 1.7 copies).
+G. Statistics of long rows prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies).
+   In slabs, where `SLAB_DEPTH` rows are streams of their own, prefetching only costs (32x2048x7x7, backward: 3.7 copies
+   without, 5.7 with what comes next, 6.0 with the next row too).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
 I. An output phase goes backwards: what the reduction before it read last is still in the third-level cache.
+J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
+   units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
 """
 
 from __future__ import annotations
@@ -44,13 +48,14 @@ from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, linking, make_job
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import BLOCK, LANES
+from fastbn.backends._plan import BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB
 from fastbn.backends._vectors import (
     ahead_of,
     bits,
     fence,
     finite,
     fma,
+    foremost,
     last,
     like,
     load,
@@ -66,6 +71,7 @@ from fastbn.backends._vectors import (
     scratch,
     splat,
     store,
+    store_where,
     team,
     to_line,
     total,
@@ -88,8 +94,12 @@ HIGH, SCALE, LOW, MEAN, A, B = range(6)
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
 CHUNK = 512  # columns whose sums stay in L1
-DEPTH = 8  # rows whose sums stay in registers
+DEPTH = 8  # rows whose sums stay in registers, in the column nest
+SLAB_DEPTH = 4  # in slabs, whose rows are each a stream (32x1024x14x14, backward: 4 3.2 copies, 8 4.0, 2 3.3)
 GROUP = 1 << 14  # values of a task of the column nest
+SAMPLES = 16  # of a task of output alone, in slabs
+SLAB_COEF = 6 * SLAB
+WIDEST = SLAB + LANES  # room for the sums of a slab or a chunk
 AHEAD = 2048  # values by which statistics prefetch; 1024 gains less, and none is needed within the cache
 
 inner = functools.partial(njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -109,6 +119,14 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     if not math.isfinite(delta):
         return mean_a + mean_b, np.nan
     return mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+@point
+def moments_of(shift, count, sum1, sum2):
+    """Mean and m2 from sums of deviations from `shift` and of their squares (design, C)."""
+    mean = sum1 / count
+    m2 = sum2 - sum1 * mean
+    return shift + mean, 0.0 if m2 < 0.0 else m2
 
 
 @point
@@ -209,27 +227,31 @@ def block_of(b, n, s):
 
 
 @point
-def ahead_in(length, stride, far):
-    """(before, turn, after): what lies AHEAD values behind value i of a row in its channel, whose rows lie `stride` apart.
+def shift_of(x, i):
+    """x[i], or zero where it is not finite."""
+    return np.float64(x[i]) if math.isfinite(x[i]) else np.float64(0.0)
 
-    It is `before` values further on in memory where ``i < turn``, and `after` values elsewhere.
+
+@point
+def ahead_in(length, stride):
+    """(before, turn, after): how far away value i of a row has the one that is AHEAD of it in its channel.
+
+    It is `before` where ``i < turn``, and `after` elsewhere; rows of the channel lie `stride` apart.
     """
     skip, rest = AHEAD // length, AHEAD % length
     before = skip * stride + rest
-    return (before, length - rest, before + stride - length) if far else (0, 0, 0)
+    return before, length - rest, before + stride - length
 
 
 @loop
 def block_moments(job, c, b):
-    """Count, mean and m2 of block b of channel c (design, C)."""
+    """Mean and m2 of block b of channel c (design, C)."""
     noinline()
     first, rows, column, length = block_of(b, job.n, job.s)
     x, stride = job.x, job.channels * job.s
-    before, turn, after = ahead_in(length, stride, job.run == 1)
+    before, turn, after = ahead_in(length, stride)
     start = first * stride + c * job.s + column
-    shift = np.float64(x[start])
-    if not math.isfinite(shift):
-        shift = np.float64(0.0)
+    shift = shift_of(x, start)
     around, zero, one = splat(shift), splat(0.0), ones()
     s1, s2 = zero, zero
     rest = length % LANES
@@ -248,11 +270,7 @@ def block_moments(job, c, b):
             d = where(tail, widen(load(x, at + length - LANES)) - around, zero)
             s1 = fma(d, one, s1)
             s2 = fma(d, d, s2)
-    count = rows * length
-    sum1 = total(s1)
-    mean = sum1 / count
-    m2 = total(s2) - sum1 * mean
-    return count, shift + mean, 0.0 if m2 < 0.0 else m2
+    return moments_of(shift, rows * length, total(s1), total(s2))
 
 
 @loop
@@ -263,7 +281,7 @@ def block_gradients(job, c, b):
     x, dy, coef, slope, signs = job.x, job.dy, job.coef, job.slope, job.signs
     channels, s = job.channels, job.s
     stride = channels * s
-    before, turn, after = ahead_in(length, stride, job.run == 1)
+    before, turn, after = ahead_in(length, stride)
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, around = splat(coef[LOW * channels + c]), widen(splat(coef[MEAN * channels + c]))
     sum_dy, dot, one = splat(0.0), splat(0.0), ones()
@@ -302,6 +320,19 @@ def block_gradients(job, c, b):
 
 
 @point
+def finish_row(y, at, rest, value, streaming):
+    """Store a row's last vector, of which `rest` values are new.
+
+    A line that is streamed is not touched by plain stores, which would read it again from memory, twice a row
+    (32x1024x14x14, training: 2.5 to 1.9 copies; 32x512x28x28, backward: 3.0 to 2.4).
+    """
+    if streaming:
+        store_where(y, at, last(rest), value)
+    else:
+        store(y, at, value)
+
+
+@point
 def apply_row(job, at, length, c, word):
     """Output of the `length` values of channel c from `at` on (design, E and F)."""
     x, residual, y, coef, slope, signs = job.x, job.residual, job.y, job.coef, job.slope, job.signs
@@ -317,7 +348,7 @@ def apply_row(job, at, length, c, word):
     last_added = load(residual, at + end) if present(residual) else zero
     if i:
         added = load(residual, at) if present(residual) else zero
-        store(y, at, output(load(x, at), added, high, scale, low, slope, signs, word))
+        store_where(y, at, foremost(i), output(load(x, at), added, high, scale, low, slope, signs, word))
     if slope == 1.0 and not present(residual):
         while i <= end:
             if ahead:
@@ -333,7 +364,8 @@ def apply_row(job, at, length, c, word):
             put(y, at + i, z, streaming)
             i += LANES
     if i < length:
-        store(y, at + end, output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES))
+        z = output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES)
+        finish_row(y, at + end, length - i, z, streaming)
 
 
 @point
@@ -355,9 +387,9 @@ def gradient_row(job, at, length, c, word):
     if i:
         value = load(x, at)
         g = gated(load(dy, at), value, high, scale, low, slope, signs, word)
-        store(dx, at, gradient(g, value, training, scale, mean, a, b))
+        store_where(dx, at, foremost(i), gradient(g, value, training, scale, mean, a, b))
         if present(dresidual):
-            store(dresidual, at, g)
+            store_where(dresidual, at, foremost(i), g)
     while i <= end:
         value = load(x, at + i)
         g = gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES)
@@ -370,9 +402,9 @@ def gradient_row(job, at, length, c, word):
         i += LANES
     if i < length:
         g = gated(last_dy, last_x, high, scale, low, slope, signs, word + i // LANES)
-        store(dx, at + end, gradient(g, last_x, training, scale, mean, a, b))
+        finish_row(dx, at + end, length - i, gradient(g, last_x, training, scale, mean, a, b), streaming)
         if present(dresidual):
-            store(dresidual, at + end, g)
+            finish_row(dresidual, at + end, length - i, g, streaming)
 
 
 @loop
@@ -391,24 +423,265 @@ def apply_block(job, c0, c1, first, rows, column, length, backward):
                 apply_row(job, at, length, c, word)
 
 
-@point
-def spread_of(job):
-    """Channels of a span: as many as lie in a block's length."""
-    return 1 if job.s > BLOCK else max(job.run, BLOCK // job.s)
+# --- columns ------------------------------------------------------------------------------------------------------
+# What the slabs and the column nest share: rows of `width` columns, the first at `at` and each `stride` behind the one
+# before it, with coefficients in rows of `pitch` for every column. Sums have room for whole vectors.
 
 
 @point
-def span_of(job, t):
-    """(c0, c1, first, rows, column, length) of span t of the whole tensor, in the order of memory."""
-    spread = spread_of(job)
-    spans = (job.channels + spread - 1) // spread
-    c0 = t % spans * spread
-    first, rows, column, length = block_of(t // spans, job.n, job.s) if job.s > BLOCK else (t // spans, 1, 0, job.s)
-    return c0, min(c0 + spread, job.channels), first, rows, column, length
+def first_of(j, width):
+    """First column of the vector of sums at j: the last one overlaps the one before it (design, E)."""
+    return min(j, width - LANES)
+
+
+@point
+def settle(sums, width):
+    """Put the sums of the last vector, which overlaps, where its columns belong."""
+    rest = width % LANES
+    for j in range(width - rest, width):
+        sums[j] = sums[j + LANES - rest]
+
+
+@loop
+def sum_moments(job, at, stride, rows, width, shift, depth, ahead, s1, s2):
+    """Sums of x - shift and of its square for every column."""
+    noinline()
+    x, zero, one = job.x, splat(0.0), ones()
+    for row in range(0, rows, depth):
+        end = at + min(row + depth, rows) * stride
+        for j in range(0, width, LANES):
+            k = first_of(j, width)
+            around = widen(load(shift, k))
+            around = where(finite(around), around, zero)
+            sum1, sum2 = (load(s1, j), load(s2, j)) if row else (zero, zero)
+            for i in range(at + row * stride + k, end, stride):
+                if ahead:
+                    prefetch(x, i + ahead)
+                d = widen(load(x, i)) - around
+                sum1 = fma(d, one, sum1)
+                sum2 = fma(d, d, sum2)
+            store(s1, j, sum1)
+            store(s2, j, sum2)
+    settle(s1, width)
+    settle(s2, width)
+
+
+@loop
+def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth, ahead, s1, s2):
+    """Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`."""
+    noinline()
+    x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
+    for row in range(0, rows, depth):
+        end = at + min(row + depth, rows) * stride
+        for j in range(0, width, LANES):
+            k = first_of(j, width)
+            around = widen(load(coef, MEAN * pitch + k))
+            sum_dy, dot = (load(s1, j), load(s2, j)) if row else (zero, zero)
+            if slope == 1.0:
+                for i in range(at + row * stride + k, end, stride):
+                    if ahead:
+                        prefetch(x, i + ahead)
+                        prefetch(dy, i + ahead)
+                    g = widen(load(dy, i))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(load(x, i)) - around, dot)
+            else:
+                high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
+                low, sign = load(coef, LOW * pitch + k), word + row * words + j // LANES
+                for i in range(at + row * stride + k, end, stride):
+                    if ahead:
+                        prefetch(x, i + ahead)
+                        prefetch(dy, i + ahead)
+                    value = load(x, i)
+                    g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, sign))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(value) - around, dot)
+                    sign += words
+            store(s1, j, sum_dy)
+            store(s2, j, dot)
+    settle(s1, width)
+    settle(s2, width)
+
+
+@point
+def apply_columns(job, at, width, coef, pitch, word, ahead):
+    """Output of a row (design, E and F)."""
+    x, residual, y, slope, signs = job.x, job.residual, job.y, job.slope, job.signs
+    zero, end = like(load(coef, 0), 0.0), width - LANES
+    i = to_line(y, at) if job.streaming else 0
+    streaming = job.streaming and not (present(signs) and i > 0)
+    i = i if streaming else 0
+    last_x = load(x, at + end)
+    last_added = load(residual, at + end) if present(residual) else zero
+    if i:
+        added = load(residual, at) if present(residual) else zero
+        high, scale, low = load(coef, HIGH * pitch), load(coef, SCALE * pitch), load(coef, LOW * pitch)
+        store_where(y, at, foremost(i), output(load(x, at), added, high, scale, low, slope, signs, word))
+    if slope == 1.0 and not present(residual):
+        while i <= end:
+            if ahead:
+                prefetch(x, at + i + ahead)
+            z = load(x, at + i) - load(coef, HIGH * pitch + i)
+            put(y, at + i, fma(z, load(coef, SCALE * pitch + i), load(coef, LOW * pitch + i)), streaming)
+            i += LANES
+    else:
+        while i <= end:
+            added = load(residual, at + i) if present(residual) else zero
+            if ahead:
+                prefetch(x, at + i + ahead)
+            high, scale = load(coef, HIGH * pitch + i), load(coef, SCALE * pitch + i)
+            low = load(coef, LOW * pitch + i)
+            z = output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES)
+            put(y, at + i, z, streaming)
+            i += LANES
+    if i < width:
+        high, scale = load(coef, HIGH * pitch + end), load(coef, SCALE * pitch + end)
+        low = load(coef, LOW * pitch + end)
+        z = output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES)
+        finish_row(y, at + end, width - i, z, streaming)
+
+
+@point
+def gradient_column(g, value, coef, pitch, j, slope, signs, word, training):
+    """Gated dy and dx of the vector at column j."""
+    high, scale = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j)
+    low, mean = load(coef, LOW * pitch + j), load(coef, MEAN * pitch + j)
+    a, b = load(coef, A * pitch + j), load(coef, B * pitch + j)
+    g = gated(g, value, high, scale, low, slope, signs, word)
+    return g, gradient(g, value, training, scale, mean, a, b)
+
+
+@point
+def gradient_columns(job, at, width, coef, pitch, word, ahead):
+    """dx, and dresidual if wanted, of a row."""
+    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
+    slope, signs, training = job.slope, job.signs, job.training
+    end = width - LANES
+    i = to_line(dx, at) if job.streaming else 0
+    streaming = job.streaming and not (present(signs) and i > 0)
+    if present(dresidual):
+        streaming = streaming and to_line(dresidual, at) == i
+    i = i if streaming else 0
+    last_x, last_dy = load(x, at + end), load(dy, at + end)
+    if i:
+        g, d = gradient_column(load(dy, at), load(x, at), coef, pitch, 0, slope, signs, word, training)
+        store_where(dx, at, foremost(i), d)
+        if present(dresidual):
+            store_where(dresidual, at, foremost(i), g)
+    if slope == 1.0 and training and not present(dresidual):
+        while i <= end:
+            if ahead:
+                prefetch(x, at + i + ahead)
+                prefetch(dy, at + i + ahead)
+            d = load(x, at + i) - load(coef, MEAN * pitch + i)
+            d = fma(load(coef, A * pitch + i), d, load(coef, B * pitch + i))
+            put(dx, at + i, fma(load(coef, SCALE * pitch + i), load(dy, at + i), d), streaming)
+            i += LANES
+    while i <= end:
+        value, g = load(x, at + i), load(dy, at + i)
+        g, d = gradient_column(g, value, coef, pitch, i, slope, signs, word + i // LANES, training)
+        put(dx, at + i, d, streaming)
+        if present(dresidual):
+            put(dresidual, at + i, g, streaming)
+        i += LANES
+    if i < width:
+        g, d = gradient_column(last_dy, last_x, coef, pitch, end, slope, signs, word + i // LANES, training)
+        finish_row(dx, at + end, width - i, d, streaming)
+        if present(dresidual):
+            finish_row(dresidual, at + end, width - i, g, streaming)
+
+
+@loop
+def apply_rows(job, at, stride, rows, width, coef, pitch, word, words, ahead, backward):
+    """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched."""
+    noinline()
+    for r in range(rows):
+        if backward:
+            gradient_columns(job, at + r * stride, width, coef, pitch, word + r * words, ahead)
+        else:
+            apply_columns(job, at + r * stride, width, coef, pitch, word + r * words, ahead)
+
+
+# --- slabs --------------------------------------------------------------------------------------------------------
+# Rows shorter than SHORT lie side by side: a slab is the rows of channels c0 to c1 in the samples of a block, and
+# vectors run over the ends of rows. The columns of a channel share a shift, so that their sums add up to its own.
+
+
+@point
+def in_slabs(job):
+    """Whether channels are worked on in slabs. Not with signs, whose words are those of a channel's rows."""
+    return job.s < SHORT and not present(job.signs)
+
+
+@point
+def repeat(value, length, row, j):
+    """row[j : j + length] = value, of at least a vector."""
+    for i in range(j, j + length - LANES, LANES):
+        store(row, i, value)
+    store(row, j + length - LANES, value)
+
+
+@point
+def total_of(sums, j, length):
+    """Sum of sums[j : j + length], at least a vector of them."""
+    both = splat(0.0)
+    for i in range(j, j + length - LANES + 1, LANES):
+        both = both + load(sums, i)
+    if length % LANES:
+        both = both + where(last(length % LANES), load(sums, j + length - LANES), splat(0.0))
+    return total(both)
+
+
+@loop
+def slab_moments(job, c0, c1, b):
+    """Mean and m2 of block b of channels c0 to c1, into `part`."""
+    noinline()
+    first, rows, _, s = block_of(b, job.n, job.s)
+    channels, stride = job.channels, job.channels * job.s
+    at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
+    shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
+    for c in range(c1 - c0):
+        repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
+    apart(sum_moments, (job, at, stride, rows, (c1 - c0) * s, shifts, SLAB_DEPTH, 0, s1, s2))
+    for c in range(c1 - c0):
+        sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
+        part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
+
+
+@point
+def slab_coef(job, c0, c1, coef, first, end):
+    """Rows `first` to `end` of the coefficients of channels c0 to c1, for every column."""
+    for r in range(first, end):
+        for c in range(c0, c1):
+            repeat(splat(job.coef[r * job.channels + c]), job.s, coef, r * SLAB + (c - c0) * job.s)
+
+
+@loop
+def slab_gradients(job, c0, c1, b):
+    """Sums of gated dy and of dy * (x - MEAN) over block b of channels c0 to c1, into `part`."""
+    noinline()
+    first, rows, _, s = block_of(b, job.n, job.s)
+    channels, stride = job.channels, job.channels * job.s
+    at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
+    coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
+    slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
+    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, 0, 0, SLAB_DEPTH, 0, s1, s2))
+    for c in range(c1 - c0):
+        part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
+
+
+@loop
+def apply_slab(job, c0, c1, first, rows, ahead, backward):
+    """Output, or dx and dresidual, of channels c0 to c1 in so many samples."""
+    noinline()
+    stride, coef = job.channels * job.s, scratch(job.coef, SLAB_COEF)
+    slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
+    at = first * stride + c0 * job.s
+    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 0, 0, ahead, backward))
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
-# Memory is seen as rows of `columns` values, worked on in chunks of columns whose sums stay in L1. Those that fill no
+# Memory is seen as rows of `columns` values, summed in chunks of columns whose sums stay in L1. Those that fill no
 # row are a last one, padded with zeros; its values have a part each, of count 1.
 
 
@@ -420,119 +693,37 @@ def chunks_of(columns):
 
 @point
 def chunk_of(job, t):
-    """(first row, last row + 1, first column, last column + 1, sums, sums) of task t over blocks and chunks."""
+    """(first row, rows, first column, width, part) of task t over blocks and chunks."""
     columns, chunks = job.columns, chunks_of(job.columns)
     b, q = t // chunks, t % chunks
-    j0 = q * CHUNK
-    part = ahead_of(job.part, 2 * b * columns)
-    end = j0 + CHUNK if q < chunks - 1 else columns
-    return b * job.block, min((b + 1) * job.block, job.rows), j0, end, part, ahead_of(part, columns)
+    first, j0 = b * job.block, q * CHUNK
+    width = CHUNK if q < chunks - 1 else columns - j0
+    return first, min(job.block, job.rows - first), j0, width, ahead_of(job.part, 2 * b * columns + j0)
 
 
 @loop
 def column_moments(job, t):
-    """Mean and m2 of every column of a chunk of a block of rows (design, C), into `part` (blocks, 2, columns)."""
+    """Mean and m2 of every column of a chunk of a block of rows, into `part` (blocks, 2, columns)."""
     noinline()
-    first, end, j0, j1, s1, s2 = chunk_of(job, t)
-    x, columns = job.x, job.columns
-    for j in range(j0, j1):
-        s1[j] = s2[j] = 0.0
-    zero, one = splat(0.0), ones()
-    tail = last((j1 - j0) % LANES)
-    for row in range(first, end, DEPTH):
-        for j in range(j0, j1, LANES):
-            k = min(j, j1 - LANES)
-            shift = widen(load(x, first * columns + k))
-            shift = where(finite(shift), shift, zero)
-            sum1, sum2 = load(s1, k), load(s2, k)
-            for r in range(row, min(row + DEPTH, end)):
-                prefetch(x, r * columns + k + AHEAD)
-                d = widen(load(x, r * columns + k)) - shift
-                if k < j:
-                    d = where(tail, d, zero)
-                sum1 = fma(d, one, sum1)
-                sum2 = fma(d, d, sum2)
-            store(s1, k, sum1)
-            store(s2, k, sum2)
-    for j in range(j0, j1):
-        shift = np.float64(x[first * columns + j])
-        mean = s1[j] / (end - first)
-        m2 = s2[j] - s1[j] * mean
-        s1[j] = mean + (shift if math.isfinite(shift) else 0.0)
-        s2[j] = 0.0 if m2 < 0.0 else m2
+    first, rows, j0, width, part = chunk_of(job, t)
+    columns, at = job.columns, first * job.columns + j0
+    s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
+    apart(sum_moments, (job, at, columns, rows, width, ahead_of(job.x, at), DEPTH, AHEAD, s1, s2))
+    for j in range(width):
+        part[j], part[j + columns] = moments_of(shift_of(job.x, at + j), rows, s1[j], s2[j])
 
 
 @loop
 def column_gradients(job, t):
     """Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns)."""
     noinline()
-    first, end, j0, j1, s1, s2 = chunk_of(job, t)
-    x, dy, coef, slope, signs, columns = job.x, job.dy, job.coef, job.slope, job.signs, job.columns
-    for j in range(j0, j1):
-        s1[j] = s2[j] = 0.0
-    words = (columns + LANES - 1) // LANES
-    one = ones()
-    tail = last((j1 - j0) % LANES)
-    for row in range(first, end, DEPTH):
-        for j in range(j0, j1, LANES):
-            k = min(j, j1 - LANES)
-            high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
-            low, around = load(coef, LOW * columns + k), widen(load(coef, MEAN * columns + k))
-            sum_dy, dot = load(s1, k), load(s2, k)
-            for r in range(row, min(row + DEPTH, end)):
-                prefetch(x, r * columns + k + AHEAD)
-                prefetch(dy, r * columns + k + AHEAD)
-                value = load(x, r * columns + k)
-                g = gated(load(dy, r * columns + k), value, high, scale, low, slope, signs, r * words + j // LANES)
-                if k < j:
-                    g = where(tail, g, like(g, 0.0))
-                sum_dy = fma(widen(g), one, sum_dy)
-                dot = fma(widen(g), widen(value) - around, dot)
-            store(s1, k, sum_dy)
-            store(s2, k, dot)
-
-
-@point
-def apply_columns(job, row):
-    """Output of a row (design, E)."""
-    x, residual, y, coef, slope, signs = job.x, job.residual, job.y, job.coef, job.slope, job.signs
-    columns, streaming = job.columns, job.streaming
-    end, at, word = columns - LANES, row * columns, row * ((columns + LANES - 1) // LANES)
-    zero = like(load(coef, 0), 0.0)
-    last_x = load(x, at + end)
-    last_added = load(residual, at + end) if present(residual) else zero
-    for j in range(0, columns, LANES):
-        k = min(j, end)
-        value, added = last_x, last_added
-        if k == j:
-            value = load(x, at + j)
-            if present(residual):
-                added = load(residual, at + j)
-        high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
-        z = output(value, added, high, scale, load(coef, LOW * columns + k), slope, signs, word + j // LANES)
-        put(y, at + k, z, streaming)
-
-
-@point
-def gradient_columns(job, row):
-    """dx, and dresidual if wanted, of a row."""
-    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
-    coef, slope, signs, training = job.coef, job.slope, job.signs, job.training
-    columns, streaming = job.columns, job.streaming
-    end, at, word = columns - LANES, row * columns, row * ((columns + LANES - 1) // LANES)
-    last_x, last_dy = load(x, at + end), load(dy, at + end)
-    for j in range(0, columns, LANES):
-        k = min(j, end)
-        value, g = last_x, last_dy
-        if k == j:
-            value, g = load(x, at + j), load(dy, at + j)
-        high, scale = load(coef, HIGH * columns + k), load(coef, SCALE * columns + k)
-        low, mean = load(coef, LOW * columns + k), load(coef, MEAN * columns + k)
-        a, b = load(coef, A * columns + k), load(coef, B * columns + k)
-        g = gated(g, value, high, scale, low, slope, signs, word + j // LANES)
-        put(dx, at + k, gradient(g, value, training, scale, mean, a, b), streaming)
-        if present(dresidual):
-            put(dresidual, at + k, g, streaming)
+    first, rows, j0, width, part = chunk_of(job, t)
+    columns, words = job.columns, (job.columns + LANES - 1) // LANES
+    at, word, coef = first * columns + j0, first * words + j0 // LANES, ahead_of(job.coef, j0)
+    s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
+    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, DEPTH, AHEAD, s1, s2))
+    for j in range(width):
+        part[j], part[j + columns] = s1[j], s2[j]
 
 
 @point
@@ -545,47 +736,127 @@ def group_of(columns):
 def apply_group(job, t, backward):
     """Output, or dx and dresidual, of the t-th group of rows."""
     noinline()
-    for row in range(t * group_of(job.columns), min((t + 1) * group_of(job.columns), job.rows)):
-        if backward:
-            gradient_columns(job, row)
-        else:
-            apply_columns(job, row)
+    columns, first = job.columns, t * group_of(job.columns)
+    rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
+    at = first * columns
+    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, first * words, words, 0, backward))
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
 
 
 @point
-def fused_moments(job, c):
-    """Statistics and coefficients of channel c, all its blocks."""
-    count, mean, m2 = np.intp(0), 0.0, 0.0
-    for b in range(job.blocks):
-        size, block_mean, block_m2 = apart(block_moments, (job, c, b))
-        mean, m2 = merge(count, mean, m2, size, block_mean, block_m2)
-        count += size
-    finish_statistics(job, c, mean, m2)
-    round_affine(job, c, job.channels, c)
-
-
-@point
-def fused_gradients(job, c):
-    """Gradients of weight and bias and coefficients of channel c, all its blocks."""
-    sum_dy, dot = 0.0, 0.0
-    for b in range(job.blocks):
-        block_dy, block_dot = apart(block_gradients, (job, c, b))
-        sum_dy += block_dy
-        dot += block_dot
-    finish_gradient(job, c, sum_dy, dot)
-    round_gradient(job, c, job.channels, c)
-
-
-@point
 def can_stream(job):
-    """In place the lines are in the cache already; in the column nest rows must begin on a line."""
+    """In place the lines are in the cache already."""
     out = job.y if present(job.y) else job.dx
-    if same(out, job.x) or same(out, job.residual) or same(out, job.dy):
-        return False
-    return not (job.columns and (to_line(out, 0) or to_line(job.dresidual, 0)))
+    return not (same(out, job.x) or same(out, job.residual) or same(out, job.dy))
+
+
+@point
+def spread_of(job):
+    """Channels of a task of output alone: as many as lie in a block's length."""
+    return job.run if job.s < SHORT or job.s > BLOCK else BLOCK // job.s
+
+
+@point
+def runs_of(job, run):
+    """Number of runs of so many neighbouring channels."""
+    return (job.channels + run - 1) // run
+
+
+@point
+def run_of(job, t, run):
+    """Channels c0 to c1 of run t."""
+    return t * run, min(t * run + run, job.channels)
+
+
+@point
+def size_of(job, b):
+    """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
+    if job.columns:
+        return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
+    _, height, _, length = block_of(b, job.n, job.s)
+    return height * length
+
+
+@loop
+def finish_channel(job, c, backward, apply):
+    """The parts of channel c together, in order, and what follows from them if output is wanted."""
+    noinline()
+    part, channels = job.part, job.channels
+    width, length = (job.columns, job.s) if job.columns else (channels, 1)
+    rest = job.n * channels * job.s - job.rows * job.columns if job.columns else 0
+    count, first, second = np.intp(0), 0.0, 0.0  # mean and m2, or sums of dy and dy * (x - MEAN)
+    for begin in range(c * length, width, channels * length):
+        for j in range(begin, begin + length):
+            for b in range(job.blocks + (1 if j < rest else 0)):
+                at = 2 * b * width + j
+                if backward:
+                    first += part[at]
+                    second += part[at + width]
+                else:
+                    first, second = merge(count, first, second, size_of(job, b), part[at], part[at + width])
+                    count += size_of(job, b)
+    if apply and backward:
+        finish_gradient(job, c, first, second)
+    elif apply:
+        finish_statistics(job, c, first, second)
+    elif backward:
+        mean = job.stats[c]
+        job.grads[c], job.grads[channels + c] = first, second - (mean - rounded(job.coef, mean)) * first
+    else:
+        job.stats[c], job.stats[channels + c] = first, second
+
+
+@loop
+def reduce_run(job, c0, c1, b, backward):
+    """Mean and m2, or sums of gradients, of block b of channels c0 to c1, into `part` (blocks, 2, channels)."""
+    noinline()
+    part = ahead_of(job.part, 2 * b * job.channels)
+    if in_slabs(job):
+        if backward:
+            apart(slab_gradients, (job, c0, c1, b))
+        else:
+            apart(slab_moments, (job, c0, c1, b))
+    else:
+        for c in range(c0, c1):
+            if backward:
+                part[c], part[c + job.channels] = apart(block_gradients, (job, c, b))
+            else:
+                part[c], part[c + job.channels] = apart(block_moments, (job, c, b))
+
+
+@loop
+def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
+    """Output, or dx and dresidual, of a block of channels c0 to c1."""
+    noinline()
+    if in_slabs(job):
+        apart(apply_slab, (job, c0, c1, first, rows, 0 if fused else job.channels * job.s, backward))
+    else:
+        apart(apply_block, (job, c0, c1, first, rows, column, length, backward))
+
+
+@point
+def run_at_once(job, t, backward):
+    """Reduction and output of run t."""
+    c0, c1 = run_of(job, t, job.run)
+    for b in range(job.blocks):
+        apart(reduce_run, (job, c0, c1, b, backward))
+    for c in range(c0, c1):
+        apart(finish_channel, (job, c, backward, True))
+        if backward:
+            round_gradient(job, c, job.channels, c)
+        else:
+            round_affine(job, c, job.channels, c)
+    for b in range(job.blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
+        first, height, column, length = block_of(b, job.n, job.s)
+        apart(apply_run, (job, c0, c1, first, height, column, length, backward, True))
+
+
+@point
+def group_of_rows(job):
+    """Samples of a task of output alone."""
+    return 1 if job.s >= SHORT else SAMPLES
 
 
 @loop
@@ -593,26 +864,20 @@ def task(job, backward, phase, t):
     """Task t of a phase."""
     noinline()
     if phase == FUSED:
-        c0 = t * job.run
-        c1 = min(c0 + job.run, job.channels)
-        for c in range(c0, c1):
-            if backward:
-                fused_gradients(job, c)
-            else:
-                fused_moments(job, c)
-        for b in range(job.blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
-            first, height, column, length = block_of(b, job.n, job.s)
-            apart(apply_block, (job, c0, c1, first, height, column, length, backward))
+        run_at_once(job, t, backward)
     elif phase == REDUCE:
-        c, b = t // job.blocks, t % job.blocks
-        at = 2 * b * job.channels + c
-        if backward:
-            job.part[at], job.part[at + job.channels] = apart(block_gradients, (job, c, b))
-        else:
-            _, job.part[at], job.part[at + job.channels] = apart(block_moments, (job, c, b))
+        c0, c1 = run_of(job, t // job.blocks, job.run)
+        apart(reduce_run, (job, c0, c1, t % job.blocks, backward))
     elif phase == APPLY:
-        c0, c1, first, height, column, length = span_of(job, t)
-        apart(apply_block, (job, c0, c1, first, height, column, length, backward))
+        runs = runs_of(job, spread_of(job))
+        b = t // runs  # in the order of memory
+        c0, c1 = run_of(job, t % runs, spread_of(job))
+        if job.s > BLOCK:
+            first, height, column, length = block_of(b, job.n, job.s)
+        else:
+            first, column, length = b * group_of_rows(job), 0, job.s
+            height = min(group_of_rows(job), job.n - first)
+        apart(apply_run, (job, c0, c1, first, height, column, length, backward, False))
     elif phase == APPLY_COLUMNS:
         apart(apply_group, (job, t, backward))
     elif backward:
@@ -626,11 +891,12 @@ def task(job, backward, phase, t):
 @point
 def tasks_of(job, phase):
     """Number of independent tasks of a phase."""
-    tasks = (job.channels + job.run - 1) // job.run
+    tasks = runs_of(job, job.run)
     if phase == REDUCE:
-        tasks = job.blocks * job.channels
+        tasks *= job.blocks
     elif phase == APPLY:
-        tasks = (job.blocks if job.s > BLOCK else job.n) * ((job.channels + spread_of(job) - 1) // spread_of(job))
+        tasks = runs_of(job, spread_of(job))
+        tasks *= job.blocks if job.s > BLOCK else (job.n + group_of_rows(job) - 1) // group_of_rows(job)
     elif phase == REDUCE_COLUMNS:
         tasks = job.blocks * chunks_of(job.columns)
     elif phase == APPLY_COLUMNS:
@@ -663,45 +929,6 @@ def prepare(job, backward, phase):
             c -= job.channels
 
 
-@point
-def size_of(job, b):
-    """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
-    if job.columns:
-        return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
-    _, height, _, length = block_of(b, job.n, job.s)
-    return height * length
-
-
-@loop
-def finish(job, backward, apply):
-    """What comes after a reduction: the parts of every channel together, in order, and what follows if it is wanted."""
-    noinline()
-    part, channels = job.part, job.channels
-    width, length = (job.columns, job.s) if job.columns else (channels, 1)
-    rest = job.n * channels * job.s - job.rows * job.columns if job.columns else 0
-    for c in range(channels):
-        count, first, second = np.intp(0), 0.0, 0.0  # mean and m2, or sums of dy and dy * (x - MEAN)
-        for begin in range(c * length, width, channels * length):
-            for j in range(begin, begin + length):
-                for b in range(job.blocks + (1 if j < rest else 0)):
-                    at = 2 * b * width + j
-                    if backward:
-                        first += part[at]
-                        second += part[at + width]
-                    else:
-                        first, second = merge(count, first, second, size_of(job, b), part[at], part[at + width])
-                        count += size_of(job, b)
-        if apply and backward:
-            finish_gradient(job, c, first, second)
-        elif apply:
-            finish_statistics(job, c, first, second)
-        elif backward:
-            mean = job.stats[c]
-            job.grads[c], job.grads[channels + c] = first, second - (mean - rounded(job.coef, mean)) * first
-        else:
-            job.stats[c], job.stats[channels + c] = first, second
-
-
 @loop
 def padded(job, values, row):
     """The values that fill no row, in a row padded with zeros; null if there are no values at all."""
@@ -730,14 +957,15 @@ def last_row(job, backward, phase):
     row, columns, coef = copy_of(job), job.columns, job.coef
     row.rows, row.block, row.streaming = 1, 1, False
     row.part = ahead_of(job.part, 2 * job.blocks * columns)
-    row.x = padded(job, job.x, scratch(coef))
-    row.dy = padded(job, job.dy, scratch(coef))
+    row.x = padded(job, job.x, scratch(coef, LONGEST_FOLD))
+    row.dy = padded(job, job.dy, scratch(coef, LONGEST_FOLD))
     if present(job.signs):
         row.signs = ahead_of(job.signs, job.rows * ((columns + LANES - 1) // LANES))
     if phase == APPLY_COLUMNS:
-        row.residual = padded(job, job.residual, scratch(coef))
-        row.y, row.dx = padded(job, job.y, scratch(coef)), padded(job, job.dx, scratch(coef))
-        row.dresidual = padded(job, job.dresidual, scratch(coef))
+        row.residual = padded(job, job.residual, scratch(coef, LONGEST_FOLD))
+        row.y = padded(job, job.y, scratch(coef, LONGEST_FOLD))
+        row.dx = padded(job, job.dx, scratch(coef, LONGEST_FOLD))
+        row.dresidual = padded(job, job.dresidual, scratch(coef, LONGEST_FOLD))
         apart(apply_group, (row, 0, backward))
         unpadded(job, row.y, job.y)
         unpadded(job, row.dx, job.dx)
@@ -753,7 +981,12 @@ def last_row(job, backward, phase):
 # --- kernel -------------------------------------------------------------------------------------------------------
 
 
-link = linking(task, block_moments, block_gradients, column_moments, column_gradients, apply_block, apply_group)
+link = linking(
+    *(task, reduce_run, finish_channel, apply_run),
+    *(block_moments, block_gradients, apply_block),
+    *(slab_moments, slab_gradients, apply_slab, column_moments, column_gradients, apply_group),
+    *(sum_moments, sum_gradients, apply_rows),
+)
 
 
 def _kernel(
@@ -774,10 +1007,10 @@ def _kernel(
     last = columns and rows * columns < n * channels * s
     if backward and not reduce:
         prepare(job, backward, REDUCE)  # for the output too
-    fused = reduce and apply and not split
-    for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
+    once = reduce and apply and not split
+    for step in range(0 if reduce else 1, 2 if apply and not once else 1):
         if step == 0:
-            phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
+            phase = FUSED if once else (REDUCE_COLUMNS if columns else REDUCE)
         else:
             phase = APPLY_COLUMNS if columns else APPLY
         if backward or step:
@@ -793,8 +1026,9 @@ def _kernel(
             team(before)
         if last:
             last_row(job, backward, phase)
-        if step == 0 and not fused:
-            finish(job, backward, apply)
+        if step == 0 and not once:
+            for c in range(channels):
+                apart(finish_channel, (job, np.intp(c), backward, apply))
 
 
 def _fold(running_mean, running_var, weight, bias, eps, stats, affine):
