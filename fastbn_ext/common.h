@@ -13,6 +13,7 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
+enum { PLAIN, ACTIVATED, ANY }; /* kinds of output: of x alone, behind an activation, with all that there is */
 enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 2048 };
 enum { CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, DEPTH = 8 };                /* column nest */
 enum { SHORT = 512, SLAB = 1536, SLAB_COEF = 6 * SLAB, SLAB_DEPTH = 4, SAMPLES = 16 };   /* slabs */

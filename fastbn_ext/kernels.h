@@ -164,102 +164,6 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     *dot = NAME(total)(NAME(plus)(dots, dots2));
 }
 
-/* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
-   the twin. */
-point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
-    if (streaming) NAME(store_lanes)(x, value, LANES - rest, LANES);
-    else NAME(store)(x, value);
-}
-
-/* Output of the `length` values of channel c from `at` on. */
-point void NAME(apply_row)(const Job *job, Index at, Index length, Index c, Index word) {
-    const REAL *x = (const REAL *)job->x + at, *residual = job->residual ? (const REAL *)job->residual + at : 0;
-    REAL *y = (REAL *)job->y + at;
-    uint16_t *sign = job->signs ? job->signs + word : 0;
-    const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
-    const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
-    const V low = NAME(splat)(coef[LOW * job->channels]), none = {0};
-    const Index end = length - LANES, ahead = job->ahead, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
-    const int streaming = job->streaming && !(sign && head);
-    Index i = streaming ? head : 0;
-    const V last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
-    for (Index j = 0; j < i; j += LANES) {
-        V added = residual ? NAME(load)(residual + j) : none;
-        V z = NAME(output)(NAME(load)(x + j), added, high, scale, low, slope, 0);
-        NAME(store_lanes)(y + j, z, 0, min(LANES, i - j));
-    }
-    if (slope == 1 && !residual)
-        for (; i <= end; i += LANES) {
-            if (ahead) prefetch(x + i + ahead);
-            NAME(put)(y + i, NAME(fma)(NAME(load)(x + i) - high, scale, low), streaming);
-        }
-    else
-        for (; i <= end; i += LANES, sign += sign != 0) {
-            V added = residual ? NAME(load)(residual + i) : none;
-            if (ahead) prefetch(x + i + ahead);
-            NAME(put)(y + i, NAME(output)(NAME(load)(x + i), added, high, scale, low, slope, sign), streaming);
-        }
-    if (i < length)
-        NAME(finish_row)(y + end, NAME(output)(last, last_added, high, scale, low, slope, sign), length - i, streaming);
-}
-
-/* dx, and dresidual if wanted, of the `length` values of channel c from `at` on. */
-point void NAME(gradient_row)(const Job *job, Index at, Index length, Index c, Index word) {
-    const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
-    REAL *dx = (REAL *)job->dx + at, *dresidual = job->dresidual ? (REAL *)job->dresidual + at : 0;
-    const uint16_t *sign = job->signs ? job->signs + word : 0;
-    const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
-    const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
-    const V low = NAME(splat)(coef[LOW * job->channels]), mean = NAME(splat)(coef[MEAN * job->channels]);
-    const V a = NAME(splat)(coef[A * job->channels]), b = NAME(splat)(coef[B * job->channels]);
-    const Index end = length - LANES, ahead = job->ahead, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
-    const int training = job->training;
-    const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
-    Index i = streaming ? head : 0;
-    const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    for (Index j = 0; j < i; j += LANES) {
-        V value = NAME(load)(x + j), g = NAME(gated)(NAME(load)(dy + j), value, high, scale, low, slope, 0);
-        NAME(store_lanes)(dx + j, NAME(gradient)(g, value, training, scale, mean, a, b), 0, min(LANES, i - j));
-        if (dresidual) NAME(store_lanes)(dresidual + j, g, 0, min(LANES, i - j));
-    }
-    if (slope == 1 && training && !dresidual)
-        for (; i <= end; i += LANES) {
-            if (ahead) {
-                prefetch(x + i + ahead);
-                prefetch(dy + i + ahead);
-            }
-            V d = NAME(fma)(a, NAME(load)(x + i) - mean, b);
-            NAME(put)(dx + i, NAME(fma)(scale, NAME(load)(dy + i), d), streaming);
-        }
-    else
-        for (; i <= end; i += LANES, sign += sign != 0) {
-            V value = NAME(load)(x + i);
-            V g = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
-            if (ahead) {
-                prefetch(x + i + ahead);
-                prefetch(dy + i + ahead);
-            }
-            NAME(put)(dx + i, NAME(gradient)(g, value, training, scale, mean, a, b), streaming);
-            if (dresidual) NAME(put)(dresidual + i, g, streaming);
-        }
-    if (i < length) {
-        V g = NAME(gated)(last_dy, last, high, scale, low, slope, sign);
-        NAME(finish_row)(dx + end, NAME(gradient)(g, last, training, scale, mean, a, b), length - i, streaming);
-        if (dresidual) NAME(finish_row)(dresidual + end, g, length - i, streaming);
-    }
-}
-
-/* Output, or dx and dresidual, of a block of channels c0 to c1. */
-static void NAME(apply_block)(const Job *job, Run run, Block k, int backward) {
-    const Index words = words_of(job->s, LANES);
-    for (Index row = k.first; row < k.first + k.rows; row++)
-        for (Index c = run.c0; c < run.c1; c++) {
-            const Index at = (row * job->channels + c) * job->s + k.column;
-            const Index word = (row * job->channels + c) * words + k.column / LANES;
-            (backward ? NAME(gradient_row) : NAME(apply_row))(job, at, k.length, c, word);
-        }
-}
-
 /* --- columns ------------------------------------------------------------------------------------------------------ */
 
 /* Put the sums of the last vector, which overlaps, where its columns belong. */
@@ -333,45 +237,37 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
     NAME(settle)(s2, width);
 }
 
-/* Output of the vector at column j. */
-point V NAME(output_column)(V x, V added, const REAL *coef, Index pitch, REAL slope, uint16_t *sign) {
-    V high = NAME(load)(coef + HIGH * pitch), scale = NAME(load)(coef + SCALE * pitch);
-    return NAME(output)(x, added, high, scale, NAME(load)(coef + LOW * pitch), slope, sign);
+/* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
+   the twin. */
+point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
+    if (streaming) NAME(store_lanes)(x, value, LANES - rest, LANES);
+    else NAME(store)(x, value);
 }
 
-/* Output of a row. */
-point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index word,
-                               Index ahead) {
-    const REAL *x = (const REAL *)job->x + at, *residual = job->residual ? (const REAL *)job->residual + at : 0;
+/* Output of a row. `kind` is known when this is compiled, and spares loops what they need not ask for. */
+point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
+                               Index word, Index ahead, const int kind) {
+    const REAL *x = (const REAL *)job->x + at, *residual = kind == ANY && job->residual ? (const REAL *)job->residual + at : 0;
     REAL *y = (REAL *)job->y + at;
-    uint16_t *sign = job->signs ? job->signs + word : 0;
-    const REAL slope = job->slope;
+    uint16_t *sign = kind == ANY && job->signs ? job->signs + word : 0;
+    const REAL slope = kind == PLAIN ? 1 : job->slope;
     const Index end = width - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
     const V none = {0}, last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
+    const REAL *high = coef + HIGH * pitch, *scale = coef + SCALE * pitch, *low = coef + LOW * pitch;
     Index i = streaming ? head : 0;
+#define OUTPUT(value, added, j, sign) \
+    NAME(output)(value, added, NAME(load)(high + (j)), NAME(load)(scale + (j)), NAME(load)(low + (j)), slope, sign)
     for (Index j = 0; j < i; j += LANES) {
-        V added = residual ? NAME(load)(residual + j) : none;
-        V z = NAME(output_column)(NAME(load)(x + j), added, coef + j, pitch, slope, 0);
+        V z = OUTPUT(NAME(load)(x + j), residual ? NAME(load)(residual + j) : none, j * step, 0);
         NAME(store_lanes)(y + j, z, 0, min(LANES, i - j));
     }
-    if (slope == 1 && !residual)
-        for (; i <= end; i += LANES) {
-            if (ahead) prefetch(x + i + ahead);
-            V z = NAME(load)(x + i) - NAME(load)(coef + HIGH * pitch + i);
-            z = NAME(fma)(z, NAME(load)(coef + SCALE * pitch + i), NAME(load)(coef + LOW * pitch + i));
-            NAME(put)(y + i, z, streaming);
-        }
-    else
-        for (; i <= end; i += LANES, sign += sign != 0) {
-            V added = residual ? NAME(load)(residual + i) : none;
-            if (ahead) prefetch(x + i + ahead);
-            NAME(put)(y + i, NAME(output_column)(NAME(load)(x + i), added, coef + i, pitch, slope, sign), streaming);
-        }
-    if (i < width) {
-        V z = NAME(output_column)(last, last_added, coef + end, pitch, slope, sign);
-        NAME(finish_row)(y + end, z, width - i, streaming);
+    for (; i <= end; i += LANES, sign += sign != 0) {
+        if (ahead) prefetch(x + i + ahead);
+        NAME(put)(y + i, OUTPUT(NAME(load)(x + i), residual ? NAME(load)(residual + i) : none, i * step, sign), streaming);
     }
+    if (i < width) NAME(finish_row)(y + end, OUTPUT(last, last_added, end * step, sign), width - i, streaming);
+#undef OUTPUT
 }
 
 /* dx of the vector at a column, and its gated dy. */
@@ -384,51 +280,66 @@ point V NAME(gradient_column)(V *g, V x, const REAL *coef, Index pitch, REAL slo
 }
 
 /* dx, and dresidual if wanted, of a row. */
-point void NAME(gradient_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index word,
-                                  Index ahead) {
+point void NAME(gradient_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
+                                  Index word, Index ahead, const int kind) {
     const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
-    REAL *dx = (REAL *)job->dx + at, *dresidual = job->dresidual ? (REAL *)job->dresidual + at : 0;
-    const uint16_t *sign = job->signs ? job->signs + word : 0;
-    const REAL slope = job->slope;
-    const int training = job->training;
+    REAL *dx = (REAL *)job->dx + at, *dresidual = kind == ANY && job->dresidual ? (REAL *)job->dresidual + at : 0;
+    const uint16_t *sign = kind == ANY && job->signs ? job->signs + word : 0;
+    const REAL slope = kind == PLAIN ? 1 : job->slope;
+    const int training = kind == ANY ? job->training : 1;
     const Index end = width - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
     Index i = streaming ? head : 0;
     for (Index j = 0; j < i; j += LANES) {
-        V g = NAME(load)(dy + j), d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j, pitch, slope, 0, training);
+        V g = NAME(load)(dy + j);
+        V d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j * step, pitch, slope, 0, training);
         NAME(store_lanes)(dx + j, d, 0, min(LANES, i - j));
         if (dresidual) NAME(store_lanes)(dresidual + j, g, 0, min(LANES, i - j));
     }
-    if (slope == 1 && training && !dresidual)
-        for (; i <= end; i += LANES) {
-            if (ahead) {
-                prefetch(x + i + ahead);
-                prefetch(dy + i + ahead);
-            }
-            V d = NAME(load)(x + i) - NAME(load)(coef + MEAN * pitch + i);
-            d = NAME(fma)(NAME(load)(coef + A * pitch + i), d, NAME(load)(coef + B * pitch + i));
-            NAME(put)(dx + i, NAME(fma)(NAME(load)(coef + SCALE * pitch + i), NAME(load)(dy + i), d), streaming);
+    for (; i <= end; i += LANES, sign += sign != 0) {
+        if (ahead) {
+            prefetch(x + i + ahead);
+            prefetch(dy + i + ahead);
         }
-    else
-        for (; i <= end; i += LANES, sign += sign != 0) {
-            V g = NAME(load)(dy + i);
-            V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i, pitch, slope, sign, training);
-            NAME(put)(dx + i, d, streaming);
-            if (dresidual) NAME(put)(dresidual + i, g, streaming);
-        }
+        V g = NAME(load)(dy + i);
+        V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i * step, pitch, slope, sign, training);
+        NAME(put)(dx + i, d, streaming);
+        if (dresidual) NAME(put)(dresidual + i, g, streaming);
+    }
     if (i < width) {
-        V g = last_dy, d = NAME(gradient_column)(&g, last, coef + end, pitch, slope, sign, training);
+        V g = last_dy, d = NAME(gradient_column)(&g, last, coef + end * step, pitch, slope, sign, training);
         NAME(finish_row)(dx + end, d, width - i, streaming);
         if (dresidual) NAME(finish_row)(dresidual + end, g, width - i, streaming);
     }
 }
 
 /* Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched. */
-static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
-                             Index pitch, Index word, Index words, Index ahead, int backward) {
+static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
+                             Index step, Index word, Index words, Index ahead, int backward) {
+    const int simple = !job->signs && !job->residual && !job->dresidual && job->training;
+    const int kind = !simple ? ANY : job->slope == 1 ? PLAIN : ACTIVATED;
     for (Index r = 0; r < rows; r++, at += stride, word += words)
-        (backward ? NAME(gradient_columns) : NAME(apply_columns))(job, at, width, coef, pitch, word, ahead);
+        if (backward)
+            if (kind == PLAIN) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
+            else if (kind == ACTIVATED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
+            else NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
+        else if (kind == PLAIN) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
+        else if (kind == ACTIVATED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
+        else NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
+}
+
+/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column. */
+static void NAME(apply_block)(const Job *job, Run run, Block k, int backward) {
+    const Index channels = job->channels, words = words_of(job->s, LANES), stride = channels * job->s;
+    REAL coef[6 * LANES];
+    for (Index c = run.c0; c < run.c1; c++) {
+        const Index row = k.first * channels + c, word = row * words + k.column / LANES;
+        for (Index r = 0; r <= (backward ? B : LOW); r++)
+            NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
+        NAME(apply_rows)(job, row * job->s + k.column, stride, k.rows, k.length, coef, LANES, 0, word, channels * words,
+                         job->ahead, backward);
+    }
 }
 
 /* --- slabs -------------------------------------------------------------------------------------------------------- */
@@ -488,7 +399,7 @@ static void NAME(apply_slab)(const Job *job, Run run, Block k, Index ahead, int 
     const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s;
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
-    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 0, 0, ahead, backward);
+    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 1, 0, 0, ahead, backward);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -520,7 +431,7 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
     const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
     const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, first * words, words, 0, backward);
+    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, 0, backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */

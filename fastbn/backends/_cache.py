@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -29,6 +29,8 @@ from numba.misc.appdirs import AppDirs
 
 KEPT = 8  # files of a kernel, the newest: one for each CPU of a home on the network, none for every version there was
 _CHECKSUM = 32  # bytes
+
+_loaded: list[Any] = []  # parts of kernels, which go with the last reference to them
 
 # Numba's settings that change what it compiles.
 _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "DISABLE_INTEL_SVML")
@@ -81,9 +83,10 @@ class Cache:
 
     cache_path = None  # that Numba's own statistics would show
 
-    def __init__(self, name: str, source: str) -> None:
+    def __init__(self, name: str, source: str, parts: Callable[[], Sequence[Any]]) -> None:
         self._name = name
         self._source = source
+        self._parts = parts  # libraries that the kernel needs, in the order in which to load them
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         """The compiled kernel, or None."""
@@ -93,7 +96,9 @@ class Cache:
                 content = (folder / self._file(signature, target.codegen())).read_bytes()
                 data = content[_CHECKSUM:]
                 if hashlib.sha256(data).digest() == content[:_CHECKSUM]:
-                    return CompileResult._rebuild(target, *pickle.loads(data))  # noqa: S301  # as trusted as code
+                    parts, kernel = pickle.loads(data)  # noqa: S301  # as trusted as code
+                    _loaded.extend(target.codegen().unserialize_library(part) for part in parts)
+                    return CompileResult._rebuild(target, *kernel)
             except Exception:  # noqa: BLE001, S112  # of another version, or damaged in a way nobody foresaw
                 continue
         return None
@@ -102,9 +107,10 @@ class Cache:
         """Put the compiled kernel on disk, where that is possible."""
         try:
             folder = writable_folder()
-            if folder is None or compiled.library.has_dynamic_globals:
+            parts = self._parts()
+            if folder is None or any(library.has_dynamic_globals for library in (*parts, compiled.library)):
                 return
-            data = dumps(compiled._reduce())
+            data = dumps(([part.serialize_using_object_code() for part in parts], compiled._reduce()))
             path = folder / self._file(signature, compiled.codegen)
             unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
             try:

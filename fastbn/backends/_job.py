@@ -102,17 +102,28 @@ def make_job(typing, arguments):
     return job(arguments), build
 
 
+_parts: dict[Job, list[object]] = {}
+
+
+def parts_of(real):
+    """Libraries of all functions compiled `apart` for jobs of this value type, each behind those that it calls."""
+    return tuple(_parts.get(Job(real), ()))
+
+
 @intrinsic
 def apart(typing, function, arguments):
-    """``function(*arguments)``, compiled apart: called by its symbol, which the kernel has to link.
+    """``function(*arguments)``, the first of them a job, compiled apart: called by its symbol.
 
     A library of Numba's takes in all that it calls, optimises it and translates it anew, on every level of calls; a
-    parallel loop is three levels by itself. With each function translated twice, by itself and in the kernel, compiling
-    takes 9 seconds instead of 14.
+    parallel loop is three levels by itself. What is called by its symbol is translated once, and has to be loaded
+    before its caller is (compiling took 14 seconds of a core when all was linked, and 11).
     """
     kinds = tuple(types.unliteral(kind) for kind in arguments)
     function.dispatcher.compile(kinds)
-    called = function.dispatcher.overloads[kinds].fndesc
+    compiled = function.dispatcher.overloads[kinds]
+    called, parts = compiled.fndesc, _parts.setdefault(kinds[0], [])
+    if compiled.library not in parts:
+        parts.append(compiled.library)
 
     def build(context, builder, signature, args):
         values = cgutils.unpack_tuple(builder, args[1])
@@ -121,26 +132,3 @@ def apart(typing, function, arguments):
         return context.call_conv.call_function(builder, declared, called.restype, called.argtypes, values)[1]
 
     return called.restype(function, arguments), build
-
-
-def linking(*functions):
-    """Intrinsic that takes these functions, as compiled for its job, into the library of the function that calls it.
-
-    A job is their first argument, and callers come before what they call: LLVM takes in what is referred to already.
-    One that were not linked would be found as long as it lies in the same process, and not by a kernel that is loaded
-    from disk.
-    """
-
-    @intrinsic
-    def link(typing, job):
-        def build(context, builder, signature, args):
-            for function in functions:
-                compiled = [each for kinds, each in function.overloads.items() if kinds[0] == job]
-                assert compiled, function
-                for each in compiled:
-                    context.active_code_library.add_linking_library(each.library)
-            return context.get_dummy_value()
-
-        return types.void(job), build
-
-    return link

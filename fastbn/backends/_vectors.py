@@ -110,6 +110,27 @@ def ahead_of(typing, x, i):
     return x(x, types.intp), build
 
 
+@intrinsic
+def given(typing, x, condition):
+    """The pointer, or null unless `condition`, which may be known when this is compiled."""
+
+    def build(context, builder, signature, args):
+        return builder.select(args[1], args[0], ir.Constant(args[0].type, None))
+
+    return x(x, types.boolean), build
+
+
+@intrinsic
+def alias(typing, x):
+    """The same pointer, of which the compiler does not know it: what is loaded through both is loaded twice."""
+
+    def build(context, builder, signature, args):
+        hidden = ir.InlineAsm(ir.FunctionType(args[0].type, [args[0].type]), "", "=r,0")
+        return builder.call(hidden, [args[0]])
+
+    return x(x), build
+
+
 @intrinsic(prefer_literal=True)
 def scratch(typing, x, count):
     """Pointer to `count` values like those of `x` on the stack, on a 64-byte boundary."""
@@ -390,6 +411,25 @@ def where(typing, mask, a, b):
 
 
 @intrinsic
+def scaled(typing, value, slope):
+    """V: ``value * slope``, and zero for a slope of 0 even where `value` is infinite, without a branch."""
+    bits = value.dtype.bitwidth
+
+    def build(context, builder, signature, args):
+        integer = ir.IntType(bits)
+        integers = ir.VectorType(integer, LANES)
+        kept = builder.sext(builder.fcmp_unordered("!=", args[1], ir.Constant(args[1].type, 0.0)), integer)
+        undefined = ir.Constant(integers, ir.Undefined)
+        first = builder.insert_element(undefined, kept, _I32(0))
+        mask = builder.shuffle_vector(first, undefined, _lanes([0] * LANES))
+        factor = args[1] if bits == 64 else builder.fptrunc(args[1], ir.FloatType())
+        product = builder.bitcast(builder.fmul(args[0], _splat(builder, value, factor)), integers)
+        return builder.bitcast(builder.and_(product, mask), value.llvm)
+
+    return value(value, types.float64), build
+
+
+@intrinsic
 def bits(typing, mask):
     """uint16 with one bit a lane."""
 
@@ -401,10 +441,14 @@ def bits(typing, mask):
 
 @intrinsic
 def mask_of(typing, word):
-    """M of the `bits` in a uint16."""
+    """M of the `bits` in a uint16, lane by lane: LLVM would go through bytes where masks have no registers."""
 
     def build(context, builder, signature, args):
-        return builder.bitcast(args[0], BOOLEANS.llvm)
+        undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
+        first = builder.insert_element(undefined, builder.zext(args[0], _I32), _I32(0))
+        everywhere = builder.shuffle_vector(first, undefined, _lanes([0] * LANES))
+        lanes = _lanes([1 << lane for lane in range(LANES)])
+        return builder.icmp_signed("!=", builder.and_(everywhere, lanes), _lanes([0] * LANES))
 
     return BOOLEANS(types.uint16), build
 

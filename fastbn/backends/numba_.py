@@ -46,16 +46,18 @@ from fastbn import _engine
 from fastbn._arrays import EMPTY, Array
 from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
-from fastbn.backends._job import apart, copy_of, linking, make_job
+from fastbn.backends._job import apart, copy_of, make_job, parts_of
 from fastbn.backends._operations import Operations
 from fastbn.backends._plan import BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB
 from fastbn.backends._vectors import (
     ahead_of,
+    alias,
     bits,
     fence,
     finite,
     fma,
     foremost,
+    given,
     last,
     like,
     load,
@@ -68,6 +70,7 @@ from fastbn.backends._vectors import (
     put,
     rounded,
     same,
+    scaled,
     scratch,
     splat,
     store,
@@ -90,6 +93,8 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 
 # Rows of `coef`: per-channel coefficients in x's dtype.
 HIGH, SCALE, LOW, MEAN, A, B = range(6)
+# Kinds of output: of x alone, behind an activation, with all that there is.
+PLAIN, ACTIVATED, ANY = range(3)
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
@@ -99,6 +104,7 @@ SLAB_DEPTH = 4  # in slabs, whose rows are each a stream (32x1024x14x14, backwar
 GROUP = 1 << 14  # values of a task of the column nest
 SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
+ROW_COEF = 6 * LANES
 WIDEST = SLAB + LANES  # room for the sums of a slab or a chunk
 AHEAD = 2048  # values by which statistics prefetch; 1024 gains less, and none is needed within the cache
 
@@ -181,7 +187,7 @@ def round_gradient(job, j, width, c):
 @point
 def activated(z, opened, slope):
     """z where the activation is open, slope * z elsewhere; a slope of 0 gives zero even for an infinite z."""
-    return where(opened, z, like(z, 0.0) if slope == 0.0 else z * like(z, slope))
+    return where(opened, z, scaled(z, slope))
 
 
 @point
@@ -198,10 +204,11 @@ def output(x, added, high, scale, low, slope, signs, word):
 
 @point
 def gated(dy, x, high, scale, low, slope, signs, word):
-    """dy behind the activation, whose sign is read or, without a residual, computed again exactly as in `output`."""
-    if slope != 1.0:
-        opened = mask_of(signs[word]) if present(signs) else positive(fma(x - high, scale, low))
-        dy = activated(dy, opened, slope)
+    """dy behind an activation, whose sign is read or, without a residual, computed again exactly as in `output`."""
+    if present(signs):
+        dy = activated(dy, mask_of(signs[word]), slope)
+    else:
+        dy = activated(dy, positive(fma(x - high, scale, low)), slope)
     return dy
 
 
@@ -285,6 +292,7 @@ def block_gradients(job, c, b):
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, around = splat(coef[LOW * channels + c]), widen(splat(coef[MEAN * channels + c]))
     sum_dy, dot, one = splat(0.0), splat(0.0), ones()
+    again = alias(x)  # values become float64 as they are loaded (design, J)
     words = (s + LANES - 1) // LANES
     rest = length % LANES
     tail = last(rest)
@@ -308,124 +316,22 @@ def block_gradients(job, c, b):
                     value = load(x, at + i)
                     g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
                     sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(value) - around, dot)
+                    dot = fma(g, widen(load(again, at + i)) - around, dot)
                     i += LANES
         if rest:
-            value = load(x, at + length - LANES)
-            g = gated(load(dy, at + length - LANES), value, high, scale, low, slope, signs, word + length // LANES)
+            value, g = load(x, at + length - LANES), load(dy, at + length - LANES)
+            if slope != 1.0:
+                g = gated(g, value, high, scale, low, slope, signs, word + length // LANES)
             g = widen(where(tail, g, like(g, 0.0)))
             sum_dy = fma(g, one, sum_dy)
             dot = fma(g, widen(value) - around, dot)
     return total(sum_dy), total(dot)
 
 
-@point
-def finish_row(y, at, rest, value, streaming):
-    """Store a row's last vector, of which `rest` values are new.
-
-    A line that is streamed is not touched by plain stores, which would read it again from memory, twice a row
-    (32x1024x14x14, training: 2.5 to 1.9 copies; 32x512x28x28, backward: 3.0 to 2.4).
-    """
-    if streaming:
-        store_where(y, at, last(rest), value)
-    else:
-        store(y, at, value)
-
-
-@point
-def apply_row(job, at, length, c, word):
-    """Output of the `length` values of channel c from `at` on (design, E and F)."""
-    x, residual, y, coef, slope, signs = job.x, job.residual, job.y, job.coef, job.slope, job.signs
-    channels, ahead = job.channels, job.ahead
-    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
-    low = splat(coef[LOW * channels + c])
-    zero = like(high, 0.0)
-    end = length - LANES
-    i = to_line(y, at) if job.streaming else 0
-    streaming = job.streaming and not (present(signs) and i > 0)
-    i = i if streaming else 0
-    last_x = load(x, at + end)
-    last_added = load(residual, at + end) if present(residual) else zero
-    if i:
-        added = load(residual, at) if present(residual) else zero
-        store_where(y, at, foremost(i), output(load(x, at), added, high, scale, low, slope, signs, word))
-    if slope == 1.0 and not present(residual):
-        while i <= end:
-            if ahead:
-                prefetch(x, at + i + ahead)
-            put(y, at + i, fma(load(x, at + i) - high, scale, low), streaming)
-            i += LANES
-    else:
-        while i <= end:
-            added = load(residual, at + i) if present(residual) else zero
-            if ahead:
-                prefetch(x, at + i + ahead)
-            z = output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES)
-            put(y, at + i, z, streaming)
-            i += LANES
-    if i < length:
-        z = output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES)
-        finish_row(y, at + end, length - i, z, streaming)
-
-
-@point
-def gradient_row(job, at, length, c, word):
-    """dx, and dresidual if wanted, of the `length` values of channel c from `at` on."""
-    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
-    coef, slope, signs, training = job.coef, job.slope, job.signs, job.training
-    channels, ahead = job.channels, job.ahead
-    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
-    low, mean = splat(coef[LOW * channels + c]), splat(coef[MEAN * channels + c])
-    a, b = splat(coef[A * channels + c]), splat(coef[B * channels + c])
-    end = length - LANES
-    i = to_line(dx, at) if job.streaming else 0
-    streaming = job.streaming and not (present(signs) and i > 0)
-    if present(dresidual):
-        streaming = streaming and to_line(dresidual, at) == i
-    i = i if streaming else 0
-    last_x, last_dy = load(x, at + end), load(dy, at + end)
-    if i:
-        value = load(x, at)
-        g = gated(load(dy, at), value, high, scale, low, slope, signs, word)
-        store_where(dx, at, foremost(i), gradient(g, value, training, scale, mean, a, b))
-        if present(dresidual):
-            store_where(dresidual, at, foremost(i), g)
-    while i <= end:
-        value = load(x, at + i)
-        g = gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES)
-        if ahead:
-            prefetch(x, at + i + ahead)
-            prefetch(dy, at + i + ahead)
-        put(dx, at + i, gradient(g, value, training, scale, mean, a, b), streaming)
-        if present(dresidual):
-            put(dresidual, at + i, g, streaming)
-        i += LANES
-    if i < length:
-        g = gated(last_dy, last_x, high, scale, low, slope, signs, word + i // LANES)
-        finish_row(dx, at + end, length - i, gradient(g, last_x, training, scale, mean, a, b), streaming)
-        if present(dresidual):
-            finish_row(dresidual, at + end, length - i, g, streaming)
-
-
-@loop
-def apply_block(job, c0, c1, first, rows, column, length, backward):
-    """Output, or dx and dresidual, of a block of channels c0 to c1."""
-    noinline()
-    channels, s = job.channels, job.s
-    words = (s + LANES - 1) // LANES
-    for row in range(first, first + rows):
-        for c in range(c0, c1):
-            at = (row * channels + c) * s + column
-            word = (row * channels + c) * words + column // LANES
-            if backward:
-                gradient_row(job, at, length, c, word)
-            else:
-                apply_row(job, at, length, c, word)
-
-
 # --- columns ------------------------------------------------------------------------------------------------------
-# What the slabs and the column nest share: rows of `width` columns, the first at `at` and each `stride` behind the one
-# before it, with coefficients in rows of `pitch` for every column. Sums have room for whole vectors.
+# Rows of `width` columns, the first at `at` and each `stride` behind the one before it, with coefficients in rows of
+# `pitch` for every column. Rows of one channel have coefficients too, which are loaded again and again (`step` 0): no
+# slower than from registers, and one function less. Sums have room for whole vectors.
 
 
 @point
@@ -471,6 +377,7 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth,
     """Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`."""
     noinline()
     x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
+    again = alias(x)  # values become float64 as they are loaded (design, J)
     for row in range(0, rows, depth):
         end = at + min(row + depth, rows) * stride
         for j in range(0, width, LANES):
@@ -495,7 +402,7 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth,
                     value = load(x, i)
                     g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, sign))
                     sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(value) - around, dot)
+                    dot = fma(g, widen(load(again, i)) - around, dot)
                     sign += words
             store(s1, j, sum_dy)
             store(s2, j, dot)
@@ -504,9 +411,30 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth,
 
 
 @point
-def apply_columns(job, at, width, coef, pitch, word, ahead):
-    """Output of a row (design, E and F)."""
-    x, residual, y, slope, signs = job.x, job.residual, job.y, job.slope, job.signs
+def finish_row(y, at, rest, value, streaming):
+    """Store a row's last vector, of which `rest` values are new.
+
+    A line that is streamed is not touched by plain stores, which would read it again from memory, twice a row
+    (32x1024x14x14, training: 2.5 to 1.9 copies; 32x512x28x28, backward: 3.0 to 2.4).
+    """
+    if streaming:
+        store_where(y, at, last(rest), value)
+    else:
+        store(y, at, value)
+
+
+@point
+def output_column(x, added, coef, pitch, j, slope, signs, word):
+    """Output of the vector at column j."""
+    high, scale, low = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j), load(coef, LOW * pitch + j)
+    return output(x, added, high, scale, low, slope, signs, word)
+
+
+@point
+def apply_columns(job, at, width, coef, pitch, step, word, ahead, kind):
+    """Output of a row (design, E and F). `kind` is known when this is compiled: loops need not ask for what is not."""
+    x, y, slope = job.x, job.y, 1.0 if kind == PLAIN else job.slope
+    residual, signs = given(job.residual, kind == ANY), given(job.signs, kind == ANY)
     zero, end = like(load(coef, 0), 0.0), width - LANES
     i = to_line(y, at) if job.streaming else 0
     streaming = job.streaming and not (present(signs) and i > 0)
@@ -515,48 +443,36 @@ def apply_columns(job, at, width, coef, pitch, word, ahead):
     last_added = load(residual, at + end) if present(residual) else zero
     if i:
         added = load(residual, at) if present(residual) else zero
-        high, scale, low = load(coef, HIGH * pitch), load(coef, SCALE * pitch), load(coef, LOW * pitch)
-        store_where(y, at, foremost(i), output(load(x, at), added, high, scale, low, slope, signs, word))
-    if slope == 1.0 and not present(residual):
-        while i <= end:
-            if ahead:
-                prefetch(x, at + i + ahead)
-            z = load(x, at + i) - load(coef, HIGH * pitch + i)
-            put(y, at + i, fma(z, load(coef, SCALE * pitch + i), load(coef, LOW * pitch + i)), streaming)
-            i += LANES
-    else:
-        while i <= end:
-            added = load(residual, at + i) if present(residual) else zero
-            if ahead:
-                prefetch(x, at + i + ahead)
-            high, scale = load(coef, HIGH * pitch + i), load(coef, SCALE * pitch + i)
-            low = load(coef, LOW * pitch + i)
-            z = output(load(x, at + i), added, high, scale, low, slope, signs, word + i // LANES)
-            put(y, at + i, z, streaming)
-            i += LANES
+        store_where(y, at, foremost(i), output_column(load(x, at), added, coef, pitch, 0, slope, signs, word))
+    while i <= end:
+        if ahead:
+            prefetch(x, at + i + ahead)
+        added = load(residual, at + i) if present(residual) else zero
+        z = output_column(load(x, at + i), added, coef, pitch, i * step, slope, signs, word + i // LANES)
+        put(y, at + i, z, streaming)
+        i += LANES
     if i < width:
-        high, scale = load(coef, HIGH * pitch + end), load(coef, SCALE * pitch + end)
-        low = load(coef, LOW * pitch + end)
-        z = output(last_x, last_added, high, scale, low, slope, signs, word + i // LANES)
+        z = output_column(last_x, last_added, coef, pitch, end * step, slope, signs, word + i // LANES)
         finish_row(y, at + end, width - i, z, streaming)
 
 
 @point
-def gradient_column(g, value, coef, pitch, j, slope, signs, word, training):
+def gradient_column(g, x, coef, pitch, j, slope, signs, word, training):
     """Gated dy and dx of the vector at column j."""
     high, scale = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j)
     low, mean = load(coef, LOW * pitch + j), load(coef, MEAN * pitch + j)
     a, b = load(coef, A * pitch + j), load(coef, B * pitch + j)
-    g = gated(g, value, high, scale, low, slope, signs, word)
-    return g, gradient(g, value, training, scale, mean, a, b)
+    if slope != 1.0:
+        g = gated(g, x, high, scale, low, slope, signs, word)
+    return g, gradient(g, x, training, scale, mean, a, b)
 
 
 @point
-def gradient_columns(job, at, width, coef, pitch, word, ahead):
+def gradient_columns(job, at, width, coef, pitch, step, word, ahead, kind):
     """dx, and dresidual if wanted, of a row."""
-    x, dy, dx, dresidual = job.x, job.dy, job.dx, job.dresidual
-    slope, signs, training = job.slope, job.signs, job.training
-    end = width - LANES
+    x, dy, dx, slope = job.x, job.dy, job.dx, 1.0 if kind == PLAIN else job.slope
+    dresidual, signs = given(job.dresidual, kind == ANY), given(job.signs, kind == ANY)
+    training, end = job.training if kind == ANY else True, width - LANES
     i = to_line(dx, at) if job.streaming else 0
     streaming = job.streaming and not (present(signs) and i > 0)
     if present(dresidual):
@@ -568,38 +484,60 @@ def gradient_columns(job, at, width, coef, pitch, word, ahead):
         store_where(dx, at, foremost(i), d)
         if present(dresidual):
             store_where(dresidual, at, foremost(i), g)
-    if slope == 1.0 and training and not present(dresidual):
-        while i <= end:
-            if ahead:
-                prefetch(x, at + i + ahead)
-                prefetch(dy, at + i + ahead)
-            d = load(x, at + i) - load(coef, MEAN * pitch + i)
-            d = fma(load(coef, A * pitch + i), d, load(coef, B * pitch + i))
-            put(dx, at + i, fma(load(coef, SCALE * pitch + i), load(dy, at + i), d), streaming)
-            i += LANES
     while i <= end:
+        if ahead:
+            prefetch(x, at + i + ahead)
+            prefetch(dy, at + i + ahead)
         value, g = load(x, at + i), load(dy, at + i)
-        g, d = gradient_column(g, value, coef, pitch, i, slope, signs, word + i // LANES, training)
+        g, d = gradient_column(g, value, coef, pitch, i * step, slope, signs, word + i // LANES, training)
         put(dx, at + i, d, streaming)
         if present(dresidual):
             put(dresidual, at + i, g, streaming)
         i += LANES
     if i < width:
-        g, d = gradient_column(last_dy, last_x, coef, pitch, end, slope, signs, word + i // LANES, training)
+        g, d = gradient_column(last_dy, last_x, coef, pitch, end * step, slope, signs, word + i // LANES, training)
         finish_row(dx, at + end, width - i, d, streaming)
         if present(dresidual):
             finish_row(dresidual, at + end, width - i, g, streaming)
 
 
 @loop
-def apply_rows(job, at, stride, rows, width, coef, pitch, word, words, ahead, backward):
+def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahead, backward):
     """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched."""
     noinline()
-    for r in range(rows):
-        if backward:
-            gradient_columns(job, at + r * stride, width, coef, pitch, word + r * words, ahead)
+    simple = not (present(job.signs) or present(job.residual) or present(job.dresidual)) and job.training
+    plain, activated = simple and job.slope == 1.0, simple and job.slope != 1.0
+    for _ in range(rows):
+        if backward and plain:
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(PLAIN))
+        elif backward and activated:
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ACTIVATED))
+        elif backward:
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ANY))
+        elif plain:
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(PLAIN))
+        elif activated:
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ACTIVATED))
         else:
-            apply_columns(job, at + r * stride, width, coef, pitch, word + r * words, ahead)
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ANY))
+        at += stride
+        word += words
+
+
+@loop
+def apply_block(job, c0, c1, first, rows, column, length, backward):
+    """Output, or dx and dresidual, of a block of channels c0 to c1, whose coefficients are the same in every column."""
+    noinline()
+    channels, s = job.channels, job.s
+    words = (s + LANES - 1) // LANES
+    coef = scratch(job.coef, ROW_COEF)
+    for c in range(c0, c1):
+        for r in range(B + 1 if backward else LOW + 1):
+            store(coef, r * LANES, splat(job.coef[r * channels + c]))
+        at = (first * channels + c) * s + column
+        word = (first * channels + c) * words + column // LANES
+        stride, words_apart = channels * s, channels * words
+        apart(apply_rows, (job, at, stride, rows, length, coef, LANES, 0, word, words_apart, job.ahead, backward))
 
 
 # --- slabs --------------------------------------------------------------------------------------------------------
@@ -677,7 +615,7 @@ def apply_slab(job, c0, c1, first, rows, ahead, backward):
     stride, coef = job.channels * job.s, scratch(job.coef, SLAB_COEF)
     slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
     at = first * stride + c0 * job.s
-    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 0, 0, ahead, backward))
+    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 1, 0, 0, ahead, backward))
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
@@ -739,7 +677,7 @@ def apply_group(job, t, backward):
     columns, first = job.columns, t * group_of(job.columns)
     rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
     at = first * columns
-    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, first * words, words, 0, backward))
+    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, first * words, words, 0, backward))
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -981,14 +919,6 @@ def last_row(job, backward, phase):
 # --- kernel -------------------------------------------------------------------------------------------------------
 
 
-link = linking(
-    *(task, reduce_run, finish_channel, apply_run),
-    *(block_moments, block_gradients, apply_block),
-    *(slab_moments, slab_gradients, apply_slab, column_moments, column_gradients, apply_group),
-    *(sum_moments, sum_gradients, apply_rows),
-)
-
-
 def _kernel(
     backward, reduce, apply, threads, split, streaming, run, columns, rows, block, blocks, ahead, n, channels, s,
     training, eps, slope, x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
@@ -1001,7 +931,6 @@ def _kernel(
         n, channels, s, run, columns, rows, block, blocks, ahead, streaming, training, eps, slope,
         x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
     ))  # fmt: skip
-    link(job)
     if streaming:
         job.streaming = can_stream(job)
     last = columns and rows * columns < n * channels * s
@@ -1093,14 +1022,20 @@ def _compiled(kernel: str, real: np.dtype[Any]) -> Any:
 @functools.cache
 def _compiled_once(kernel: str, real: np.dtype[Any]) -> Any:
     signature = types.void(*_argument_types(kernel, from_dtype(real)))
-    return prepared(globals()[f"_{kernel}"], f"{kernel}-{real}", _SOURCE, signature, THREADS.get(kernel))
+    parts = functools.partial(parts_of, from_dtype(real)) if kernel == "kernel" else tuple
+    return prepared(globals()[f"_{kernel}"], f"{kernel}-{real}", _SOURCE, signature, THREADS.get(kernel), parts)
 
 
-def prepared(python: Any, name: str, source: str | None, signature: Any, threads: int | None) -> Any:
-    """Compile a kernel or load it; argument `threads`, if any, says on how many threads its parallel loops run."""
+def prepared(
+    python: Any, name: str, source: str | None, signature: Any, threads: int | None, parts: Any = tuple
+) -> Any:
+    """Compile a kernel or load it, and the `parts` that it calls.
+
+    Argument `threads`, if any, says on how many threads its parallel loops run.
+    """
     function = njit(nogil=True, error_model="numpy", parallel=threads is not None)(python)
     if source is not None:
-        function._cache = Cache(name, source)
+        function._cache = Cache(name, source, parts)
     try:
         function.compile(signature)
     except ValueError as error:
