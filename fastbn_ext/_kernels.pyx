@@ -138,10 +138,10 @@ def kernel(
             tasks = tasks_of(&job, phase)
             if threads == 1:
                 for t in range(tasks):
-                    kernels.task(&job, backward, phase, tasks - 1 - t if step else t)  # backwards: design, I
+                    kernels.task(&job, backward, phase, tasks - 1 - t if step and reduce else t)  # backwards: design, I
             else:
                 for t in prange(tasks, num_threads=threads, schedule="static"):
-                    kernels.task(&job, backward, phase, tasks - 1 - t if step else t)
+                    kernels.task(&job, backward, phase, tasks - 1 - t if step and reduce else t)
             if last:
                 kernels.last_row(&job, backward, phase)
             if step == 0 and not fused:

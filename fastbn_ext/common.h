@@ -50,6 +50,13 @@ typedef struct { Index first, rows, column, width; double *part; } Chunk; /* col
 point Index min(Index a, Index b) { return a < b ? a : b; }
 point Index max(Index a, Index b) { return a > b ? a : b; }
 point Index words_of(Index s, Index lanes) { return (s + lanes - 1) / lanes; }
+point Index whole_lines(Index count, Index itemsize) { return count * itemsize / LINE * LINE / itemsize; } /* values */
+
+/* Prefetch a line to store a part of it, unless it begins there. */
+point void prefetch_part(const void *x) {
+    if ((uintptr_t)x & (LINE - 1)) __builtin_prefetch(x, 1);
+}
+
 point Index to_line(const void *x, Index itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
 
 /* Block b of a channel. The last one of a row takes the rest: none is shorter than a vector. */

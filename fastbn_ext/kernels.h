@@ -240,7 +240,7 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
 /* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
    the twin. */
 point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
-    if (streaming) NAME(store_lanes)(x, value, LANES - rest, LANES);
+    if (streaming) NAME(store_where)(x, NAME(last)(rest), value);
     else NAME(store)(x, value);
 }
 
@@ -260,12 +260,15 @@ point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL
     NAME(output)(value, added, NAME(load)(high + (j)), NAME(load)(scale + (j)), NAME(load)(low + (j)), slope, sign)
     for (Index j = 0; j < i; j += LANES) {
         V z = OUTPUT(NAME(load)(x + j), residual ? NAME(load)(residual + j) : none, j * step, 0);
-        NAME(store_lanes)(y + j, z, 0, min(LANES, i - j));
+        NAME(store_where)(y + j, NAME(foremost)(i - j), z);
     }
-    for (; i <= end; i += LANES, sign += sign != 0) {
-        if (ahead) prefetch(x + i + ahead);
-        NAME(put)(y + i, OUTPUT(NAME(load)(x + i), residual ? NAME(load)(residual + i) : none, i * step, sign), streaming);
-    }
+    for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
+        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
+            if (ahead) prefetch(x + i + ahead);
+            V z = OUTPUT(NAME(load)(x + i), residual ? NAME(load)(residual + i) : none, i * step, sign);
+            NAME(put)(y + i, z, past);
+            if (sign) sign++;
+        }
     if (i < width) NAME(finish_row)(y + end, OUTPUT(last, last_added, end * step, sign), width - i, streaming);
 #undef OUTPUT
 }
@@ -294,19 +297,21 @@ point void NAME(gradient_columns)(const Job *job, Index at, Index width, const R
     for (Index j = 0; j < i; j += LANES) {
         V g = NAME(load)(dy + j);
         V d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j * step, pitch, slope, 0, training);
-        NAME(store_lanes)(dx + j, d, 0, min(LANES, i - j));
-        if (dresidual) NAME(store_lanes)(dresidual + j, g, 0, min(LANES, i - j));
+        NAME(store_where)(dx + j, NAME(foremost)(i - j), d);
+        if (dresidual) NAME(store_where)(dresidual + j, NAME(foremost)(i - j), g);
     }
-    for (; i <= end; i += LANES, sign += sign != 0) {
-        if (ahead) {
-            prefetch(x + i + ahead);
-            prefetch(dy + i + ahead);
+    for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
+        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
+            if (ahead) {
+                prefetch(x + i + ahead);
+                prefetch(dy + i + ahead);
+            }
+            V g = NAME(load)(dy + i);
+            V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i * step, pitch, slope, sign, training);
+            NAME(put)(dx + i, d, past);
+            if (dresidual) NAME(put)(dresidual + i, g, past);
+            if (sign) sign++;
         }
-        V g = NAME(load)(dy + i);
-        V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i * step, pitch, slope, sign, training);
-        NAME(put)(dx + i, d, streaming);
-        if (dresidual) NAME(put)(dresidual + i, g, streaming);
-    }
     if (i < width) {
         V g = last_dy, d = NAME(gradient_column)(&g, last, coef + end * step, pitch, slope, sign, training);
         NAME(finish_row)(dx + end, d, width - i, streaming);
@@ -319,7 +324,12 @@ static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows,
                              Index step, Index word, Index words, Index ahead, int backward) {
     const int simple = !job->signs && !job->residual && !job->dresidual && job->training;
     const int kind = !simple ? ANY : job->slope == 1 ? PLAIN : ACTIVATED;
-    for (Index r = 0; r < rows; r++, at += stride, word += words)
+    const REAL *out = (const REAL *)(backward ? job->dx : job->y);
+    for (Index r = 0; r < rows; r++, at += stride, word += words) {
+        if (job->streaming) { /* a store that waits for its line holds up all behind it */
+            prefetch_part(out + at + width);
+            if (r + 1 < rows) prefetch_part(out + at + stride);
+        }
         if (backward)
             if (kind == PLAIN) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
             else if (kind == ACTIVATED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
@@ -327,6 +337,7 @@ static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows,
         else if (kind == PLAIN) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
         else if (kind == ACTIVATED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
         else NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
+    }
 }
 
 /* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column. */

@@ -77,11 +77,6 @@ point W NAME(added)(W sum, W value, W one) {
 #endif
 }
 
-/* As store, lanes `first` to `end` alone: other bytes are not touched. */
-point void NAME(store_lanes)(REAL *x, V value, Index first, Index end) {
-    for (Index k = first; k < end; k++) x[k] = value[k];
-}
-
 /* As store, past the cache; x must lie on a line's boundary. Needs a fence at the end. */
 point void NAME(stream)(REAL *x, V value) {
 #if VECTOR_BYTES == 64
@@ -111,8 +106,25 @@ point M NAME(lanes)(void) {
     return lane;
 }
 
-/* True in the last k lanes. */
+/* True in the first and in the last k lanes. */
+point M NAME(foremost)(Index k) { return NAME(lanes)() < (INTEGER)k; }
 point M NAME(last)(Index k) { return NAME(lanes)() >= (INTEGER)(LANES - k); }
+
+/* As store, in the lanes where the mask is true: other bytes are not touched. */
+point void NAME(store_where)(REAL *x, M mask, V value) {
+#if VECTOR_BYTES == 64 && REAL_BYTES == 4
+    _mm512_mask_storeu_ps(x, _mm512_movepi32_mask((__m512i)mask), (__m512)value);
+#elif VECTOR_BYTES == 64
+    _mm512_mask_storeu_pd(x, _mm512_movepi64_mask((__m512i)mask), (__m512d)value);
+#elif VECTOR_BYTES == 32 && REAL_BYTES == 4
+    _mm256_maskstore_ps(x, (__m256i)mask, (__m256)value);
+#elif VECTOR_BYTES == 32
+    _mm256_maskstore_pd(x, (__m256i)mask, (__m256d)value);
+#else
+    for (Index k = 0; k < LANES; k++)
+        if (mask[k]) x[k] = value[k];
+#endif
+}
 
 /* One bit a lane, and back. */
 point uint16_t NAME(bits)(M mask) {

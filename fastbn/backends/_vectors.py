@@ -231,18 +231,35 @@ def put(typing, x, i, value, streaming):
     return types.void(x, types.intp, value, types.boolean), build
 
 
-@intrinsic
-def prefetch(typing, x, i):
-    """Ask for the line of ``x[i]``, which need not exist, in the second-level cache."""
-
+def _prefetching(x, writing, locality):
     def build(context, builder, signature, args):
         address = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
         function = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
         llvm = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(llvm, [address, _I32(0), _I32(2), _I32(1)])
+        builder.call(llvm, [address, _I32(writing), _I32(locality), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(x, types.intp), build
+
+
+@intrinsic
+def prefetch(typing, x, i):
+    """Ask for the line of ``x[i]``, which need not exist, in the second-level cache."""
+    return _prefetching(x, 0, 2)
+
+
+@intrinsic
+def prefetch_part(typing, x, i):
+    """Ask for the line of ``x[i]``, which need not exist, to store a part of it, unless it begins there."""
+    make, build = _prefetching(x, 1, 3)
+
+    def build_unless(context, builder, signature, args):
+        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), _I64)
+        with builder.if_then(builder.icmp_signed("!=", builder.and_(address, _I64(63)), _I64(0))):
+            build(context, builder, signature, args)
+        return context.get_dummy_value()
+
+    return make, build_unless
 
 
 @intrinsic
