@@ -1,7 +1,7 @@
 """What folding gains in ONNX Runtime, and what other tools make of the same models.
 
-    python bench/folding.py             measure, store bench/results/folding.json, print the tables
-    python bench/folding.py --tables    print the tables of the stored results
+    python -m bench.folding             measure, store bench/results/folding.json, print the tables
+    python -m bench.folding --tables    print the tables of the stored results
 
 Besides fastbn it takes onnxoptimizer, onnxsim and onnxscript. Each tool works on four networks and on the hand-made
 graphs of the tests, in a process of its own, for some of them can crash. A result counts as wrong where it is no
@@ -11,12 +11,9 @@ differs by more than 1e-3 of its largest value (2e-2 in 16 bits).
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,17 +24,13 @@ from pathlib import Path
 import onnx
 import onnxruntime
 from onnx import ModelProto
+from onnx_graphs import CASES
+from onnx_models import light_model
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "folding.json"
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-from onnx_graphs import CASES  # noqa: E402 - lies with the tests
-from onnx_models import light_model  # noqa: E402
-
-import fastbn.onnx  # noqa: E402
-from fastbn._onnx_compare import RunError, compare, input_shapes, random_inputs, required_inputs, run  # noqa: E402
-from fastbn._onnx_graph import OLD_IR, bodies  # noqa: E402
+import fastbn.onnx
+from bench import stored
+from fastbn._onnx_compare import RunError, compare, input_shapes, random_inputs, required_inputs, run
+from fastbn._onnx_graph import OLD_IR, bodies
 
 NETWORKS = {
     "resnet50": "ResNet-50",
@@ -266,15 +259,9 @@ def tools_table(results: dict) -> str:
     return table(["batch norms folded", *heads], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only print the tables of the stored results")
-    if not parser.parse_args().tables:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    results = json.loads(RESULTS.read_text())
-    print(gains_table(results), tools_table(results), sep="\n\n")  # noqa: T201
+def tables(results: dict) -> str:
+    return f"{gains_table(results)}\n\n{tools_table(results)}"
 
 
 if __name__ == "__main__":
-    main()
+    stored.main(__doc__, "folding", measure, tables)

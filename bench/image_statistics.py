@@ -1,7 +1,7 @@
 """How fast the statistics of images are taken, beside the fastest reading of them and what others need.
 
-    python bench/image_statistics.py             measure, store bench/results/image_statistics.json, print the table
-    python bench/image_statistics.py --tables    print the table of the stored results
+    python -m bench.image_statistics             measure, store bench/results/image_statistics.json, print the table
+    python -m bench.image_statistics --tables    print the table of the stored results
 
 Every candidate takes its turn in every round, and the best of its times counts. "Read" is a loop on all threads that
 does nothing with the values but exclusive or.
@@ -9,22 +9,15 @@ does nothing with the values but exclusive or.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "image_statistics.json"
-sys.path.insert(0, str(HERE.parent))
-
-import fastbn  # noqa: E402
-from bench.report import markdown  # noqa: E402
+import fastbn
+from bench import stored
+from bench.report import markdown
 
 BYTES = 100 << 20
 ROUNDS = 15
@@ -107,14 +100,5 @@ def table(results: dict) -> str:
     return markdown([*heads, "to partial_fit", "to NumPy"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only print the table of the stored results")
-    if not parser.parse_args().tables:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    print(table(json.loads(RESULTS.read_text())))  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    stored.main(__doc__, "image_statistics", measure, table)

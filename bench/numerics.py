@@ -14,25 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from cases import Case
+from reference import batch_norm as reference
+
+import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "bench" / "results" / "numerics.json"
 PAGE = ROOT / "docs" / "numerics.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
-sys.path.insert(0, str(ROOT / "tests"))
-
-from cases import Case  # noqa: E402 - lies with the tests
-from reference import batch_norm as reference  # noqa: E402
-
-import fastbn  # noqa: E402
-
 LAYOUTS = {"NCHW": Case((16, 8, 24, 24)), "channels last": Case((16, 24, 24, 8), axis=-1)}
 TINY = 1e-300  # none to speak of: errors of the variance are not to be hidden behind it
 OURS = ("numba", "cython", "numpy")

@@ -1,7 +1,7 @@
 """What training over MPI ranks costs: steps on 1 and more ranks, and the collective alone.
 
-    python bench/ranks.py             measure, store bench/results/ranks.json, print the tables
-    python bench/ranks.py --tables    print the tables of the stored results
+    python -m bench.ranks             measure, store bench/results/ranks.json, print the tables
+    python -m bench.ranks --tables    print the tables of the stored results
 
 A step is a layer's forward and backward on 32 samples a rank, one thread each. The collective is what each of the two
 does: an Allgather of 4 + 2 * C float64 a rank. Ranks beyond the processors share them ("oversubscribed"), and wait for
@@ -12,7 +12,6 @@ is fitted, by least squares of relative errors, to the ranks that have a process
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "ranks.json"
+from bench import stored
+
+ROOT = Path(__file__).resolve().parents[1]
 CHANNELS = (64, 256, 1024, 2048)
 SHAPES = {"small": (32, 64, 8, 8), "large": (32, 64, 56, 56), "many channels": (32, 2048, 7, 7)}
 SECONDS = 0.4  # of calls for each time
@@ -72,7 +73,7 @@ def measure_here() -> None:
             comm, lambda packet=packet, table=table: comm.Allgather(packet, table)
         )
     if comm.Get_rank() == 0:
-        print(json.dumps({"steps": steps, "collectives": collectives}))  # noqa: T201
+        print(json.dumps({"steps": steps, "collectives": collectives}))
 
 
 def measure() -> dict:
@@ -80,8 +81,8 @@ def measure() -> dict:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     ranks = {}
     for number in sorted({1, 2, cpus, 2 * cpus}):
-        command = [str(mpiexec), "-n", str(number), sys.executable, "-m", "mpi4py", __file__, "--rank"]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+        command = [str(mpiexec), "-n", str(number), sys.executable, "-m", "mpi4py", "-m", "bench.ranks", "--rank"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, cwd=ROOT).stdout
         ranks[number] = json.loads(output) | {"oversubscribed": number > cpus}
     return {"cpus": cpus, "load": os.getloadavg()[0], "ranks": ranks}
 
@@ -128,18 +129,8 @@ def tables(results: dict) -> str:
     return "\n\n".join((table(["step of 32 samples a rank, ms", *names], steps), table(heads, collectives), said))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only print the tables of the stored results")
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.rank:
-        measure_here()
-        return
-    if not arguments.tables:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-    print(tables(json.loads(RESULTS.read_text(encoding="utf-8"))))  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--rank"]:
+        measure_here()
+    else:
+        stored.main(__doc__, "ranks", measure, tables)

@@ -423,11 +423,11 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, metavar="FILE", help="figures of another run")
     arguments = parser.parse_args()
     if arguments.compare:
-        print(compare(Stored(STORED), Stored(arguments.compare)))  # noqa: T201
+        print(compare(Stored(STORED), Stored(arguments.compare)))
     elif arguments.check:
         stale = outdated()
         for path in stale:
-            print(f"{path} is not what {STORED} gives", file=sys.stderr)  # noqa: T201
+            print(f"{path} is not what {STORED} gives", file=sys.stderr)
         return 1 if stale else 0
     else:
         write()

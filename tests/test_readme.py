@@ -27,7 +27,7 @@ def test_example_runs_as_printed():
 
 @pytest.mark.parametrize("mark, script", (("folding", "folding"), ("images", "image_statistics"), ("ranks", "ranks")))
 def test_tables_are_those_of_the_stored_results(mark, script):
-    command = [sys.executable, str(README.parent / "bench" / f"{script}.py"), "--tables"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-m", f"bench.{script}", "--tables"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=README.parent).stdout.strip()
     text = README.read_text(encoding="utf-8")
     assert text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0].strip() == printed
