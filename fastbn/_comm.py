@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,19 +30,23 @@ MESSAGE = 512  # bytes of an error's message that the other ranks get to see
 Exchange = Callable[[int, Array], Array]
 
 
+class Inputs(NamedTuple):
+    """What a training forward is of, checked: as `functional` takes it."""
+
+    x: View
+    residual: Any
+    out: Array | None
+    weight: Array
+    bias: Array
+
+
+Running = tuple[Array, Array] | None
+
+
 class Detour(Protocol):
     """What takes a layer's training statistics elsewhere: to other ranks, to a pool of batches, or to both."""
 
-    def forward(
-        self,
-        layer: Any,
-        xv: View,
-        residual: Any,
-        out: Array | None,
-        weight: Array,
-        bias: Array,
-        running: tuple[Array, Array] | None,
-    ) -> tuple[Array, F.Saved]:
+    def forward(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
         """Output and what it leaves for the backward."""
 
     def gradients(
@@ -73,27 +77,17 @@ class Ranks:
 
     # --- what a layer calls ---
 
-    def forward(
-        self,
-        layer: Any,
-        xv: View,
-        residual: Any,
-        out: Array | None,
-        weight: Array,
-        bias: Array,
-        running: tuple[Array, Array] | None,
-    ) -> tuple[Array, F.Saved]:
+    def forward(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
         """Output and what it leaves for the backward; the running statistics follow those of all ranks."""
-        y, saved = self.normalize(layer, xv, residual, out, weight, bias)
+        y, saved = self.normalize(layer, given)
         if saved.total and layer.track_running_stats and running is not None:
             layer._track(running, saved, saved.total)
         return y, saved
 
-    def normalize(
-        self, layer: Any, xv: View, residual: Any, out: Array | None, weight: Array, bias: Array, least: int = 2
-    ) -> tuple[Array, F.Saved]:
+    def normalize(self, layer: Any, given: Inputs, least: int = 2) -> tuple[Array, F.Saved]:
         """Normalise with the statistics of all ranks' batches, of at least so many values a channel if not of none."""
-        with self._joining(FORWARD, xv.array.dtype) as exchange:
+        x, residual, out, weight, bias = given
+        with self._joining(FORWARD, x.array.dtype) as exchange:
 
             def merged(count: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
                 total = 0
@@ -105,11 +99,11 @@ class Ranks:
                 if 0 < total < least:
                     raise ValueError(
                         "Expected more than 1 value per channel when training, got 1 on all ranks together, "
-                        f"input size {xv.array.shape} on rank {self.rank}"
+                        f"input size {x.array.shape} on rank {self.rank}"
                     )
                 return total, mean, m2
 
-            return F._normalize_merged(xv, residual, weight, bias, layer.eps, layer._slope, out, merged)
+            return F._normalize_merged(x, residual, weight, bias, layer.eps, layer._slope, out, merged)
 
     def gradients(
         self, layer: Any, saved: F.Saved, dy: Any, out: Array | None

@@ -27,7 +27,7 @@ from fastbn._arrays import (
     truth,
     view,
 )
-from fastbn._comm import BACKWARD, Detour, ranks_of
+from fastbn._comm import BACKWARD, Detour, Inputs, ranks_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
@@ -140,7 +140,7 @@ class _BatchNorm:
                 self._detour.refuse(error)
             raise
         if self._detour is not None and self.training:
-            y, saved = self._detour.forward(self, xv, residual, out, weight, bias, running)
+            y, saved = self._detour.forward(self, Inputs(xv, residual, out, weight, bias), running)
         elif self.training or running is None:
             y, saved = F._normalize_batch(xv, residual, weight, bias, self.eps, self._slope, out)
             if self.training and self.track_running_stats and running is not None and array.size:
