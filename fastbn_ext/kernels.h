@@ -442,7 +442,7 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
     const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
     const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, 0, backward);
+    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead, backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
@@ -485,7 +485,7 @@ static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
 
 /* Output, or dx and dresidual, of a block of a run of channels. */
 static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
-    if (in_slabs(job)) NAME(apply_slab)(job, run, k, fused ? 0 : job->channels * job->s, backward);
+    if (in_slabs(job)) NAME(apply_slab)(job, run, k, fused ? 0 : job->ahead, backward);
     else NAME(apply_block)(job, run, k, backward);
 }
 

@@ -13,6 +13,9 @@ C. Where such tasks would leave threads idle (few channels) the work is *split*:
 D. Output that will not be found in cache again is *streamed* past it, so that a line need not be read before it is
    written, where that pays: always on AMD (Zen 5, 2 threads, inference of 32x64x112x112: 1.0 copies against 1.5), with
    many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96).
+E. Meanwhile what comes next is *prefetched*: in rows the next channel, in slabs the next sample (Zen 3, 2 threads:
+   inference of 32x512x28x28 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112 6.5 to 5.9; backward 13.4 to 12.0
+   and 13.2 to 12.4). Within the cache it costs (8x64x56x56, backward: 8.3 to 9.0).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where ea
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
 SHORT = 512  # values: rows shorter than this one are worked on in slabs
 SLAB = 1536  # values that a slab is wide at most
+AHEAD = 2048  # values by which memory in one piece is prefetched; 1024 gains less for statistics
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 128  # values that a folded row should have at least
@@ -50,20 +54,21 @@ class Plan(NamedTuple):
     rows: int  # column nest: number of full rows
     block: int  # column nest: rows of a block
     blocks: int  # blocks of a channel or, in the column nest, of all rows
-    ahead: int  # row nest: how far to prefetch while output is written, in values; 0 for not at all
+    ahead: int  # how far to prefetch while output is written, in values; 0 for not at all
 
 
 @lru_cache(4096)
 def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int) -> Plan:
     """Cut the work on (n, c, s) values for so many threads: statistics of `reads` tensors, output over `arrays`."""
     size = n * c * s
-    beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2 and (threads > INTEL_THREADS or not is_intel())
+    beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2
+    streaming = beyond_cache and (threads > INTEL_THREADS or not is_intel())
     if size * arrays <= 2 * SERIAL:
         threads = 1
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
-        return Plan(threads, True, beyond_cache, 1, columns, rows, block, -(-rows // block), 0)
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), AHEAD if beyond_cache else 0)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
     widest = SLAB // s if s < SHORT else 1
     run = -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
@@ -71,8 +76,8 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
     split = tasks / (-(-tasks // threads) * threads) < 0.7
     if split:
         run = max(1, min(widest, c * blocks // (4 * threads)))
-    ahead = s if s >= SHORT and n * s * itemsize * reads <= cache_bytes(2) // 4 else 0
-    return Plan(threads, split, beyond_cache, run, 0, 0, 0, blocks, ahead)
+    ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
+    return Plan(threads, split, streaming, run, 0, 0, 0, blocks, ahead)
 
 
 def _folded_row(pixel: int) -> int:

@@ -48,7 +48,7 @@ from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, make_job, parts_of
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB
+from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -107,7 +107,6 @@ SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
 ROW_COEF = 6 * LANES
 WIDEST = SLAB + LANES  # room for the sums of a slab or a chunk
-AHEAD = 2048  # values by which statistics prefetch; 1024 gains less, and none is needed within the cache
 
 inner = functools.partial(njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 loop = inner(forceinline=False)  # said, because a function inherits the options of its first caller
@@ -682,8 +681,8 @@ def apply_group(job, t, backward):
     noinline()
     columns, first = job.columns, t * group_of(job.columns)
     rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
-    at = first * columns
-    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, first * words, words, 0, backward))
+    at, word = first * columns, first * words
+    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, word, words, job.ahead, backward))
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -775,7 +774,7 @@ def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
     """Output, or dx and dresidual, of a block of channels c0 to c1."""
     noinline()
     if in_slabs(job):
-        apart(apply_slab, (job, c0, c1, first, rows, 0 if fused else job.channels * job.s, backward))
+        apart(apply_slab, (job, c0, c1, first, rows, 0 if fused else job.ahead, backward))
     else:
         apart(apply_block, (job, c0, c1, first, rows, column, length, backward))
 
