@@ -16,7 +16,7 @@ enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows 
 enum { PLAIN, ACTIVATED, ANY }; /* kinds of output: of x alone, behind an activation, with all that there is */
 enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 2048 };
 enum { CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, DEPTH = 8 };                /* column nest */
-enum { SHORT = 512, SLAB = 1536, SLAB_COEF = 6 * SLAB, SLAB_DEPTH = 4, SAMPLES = 16 };   /* slabs */
+enum { SHORT = 512, SLAB = 1536, SLAB_COEF = 6 * SLAB, STREAMS = 8, SAMPLES = 16 };      /* slabs */
 enum { MOST_LANES = 16, WIDEST = SLAB + MOST_LANES };                                    /* sums of a slab or a chunk */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */

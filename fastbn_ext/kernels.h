@@ -379,9 +379,11 @@ static void NAME(slab_moments)(const Job *job, Run run, Index b) {
     double *part = job->part + 2 * b * job->channels + run.c0;
     REAL shifts[WIDEST];
     double s1[WIDEST], s2[WIDEST];
-    for (Index j = 0; j < width; j += s) NAME(repeat)(NAME(shift_of)((const REAL *)job->x + at + j), s, shifts + j);
-    NAME(sum_moments)(job, at, stride, k.rows, width, shifts, SLAB_DEPTH, 0, s1, s2);
-    for (Index j = 0; j < width; j += s, part++)
+    Index j = 0;
+    do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + at + j), s, shifts + j);
+    while ((j += s) < width);
+    NAME(sum_moments)(job, at, stride, k.rows, width, shifts, STREAMS, 0, s1, s2);
+    for (j = 0; j < width; j += s, part++)
         moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
 }
 
@@ -400,7 +402,7 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
     NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
-    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, 0, 0, SLAB_DEPTH, 0, s1, s2);
+    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, 0, 0, STREAMS / 2, 0, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }

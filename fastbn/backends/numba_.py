@@ -17,7 +17,7 @@ F. Streamed output goes in whole lines; what lies before the first and behind th
    stage in L1, which would let rows share lines, was tried: 1.25 copies for inference where this costs 1.0, because
    reads and writes no longer overlap.
 G. Statistics of long rows prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies).
-   In slabs, where `SLAB_DEPTH` rows are streams of their own, prefetching only costs (32x2048x7x7, backward: 3.7 copies
+   In slabs, where `STREAMS` rows are read at a time, prefetching only costs (32x2048x7x7, backward: 3.7 copies
    without, 5.7 with what comes next, 6.0 with the next row too).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
@@ -101,7 +101,9 @@ FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
 CHUNK = 512  # columns whose sums stay in L1
 DEPTH = 8  # rows whose sums stay in registers, in the column nest
-SLAB_DEPTH = 4  # in slabs, whose rows are each a stream (32x1024x14x14, backward: 4 3.2 copies, 8 4.0, 2 3.3)
+STREAMS = (
+    8  # rows that are read at a time in slabs, of one array or two (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
+)
 GROUP = 1 << 14  # values of a task of the column nest
 SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
@@ -585,7 +587,7 @@ def slab_moments(job, c0, c1, b):
     shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
     for c in range(c1 - c0):
         repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
-    apart(sum_moments, (job, at, stride, rows, (c1 - c0) * s, shifts, SLAB_DEPTH, 0, s1, s2))
+    apart(sum_moments, (job, at, stride, rows, (c1 - c0) * s, shifts, STREAMS, 0, s1, s2))
     for c in range(c1 - c0):
         sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
         part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
@@ -608,7 +610,7 @@ def slab_gradients(job, c0, c1, b):
     at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
     slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
-    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, 0, 0, SLAB_DEPTH, 0, s1, s2))
+    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, 0, 0, STREAMS // 2, 0, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
 
