@@ -101,9 +101,7 @@ FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
 CHUNK = 512  # columns whose sums stay in L1
 DEPTH = 8  # rows whose sums stay in registers, in the column nest
-STREAMS = (
-    8  # rows that are read at a time in slabs, of one array or two (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
-)
+STREAMS = 8  # rows of one array or two read at a time in slabs (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
 SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
