@@ -76,9 +76,6 @@ point Ahead ahead_in(Index length, Index stride) {
     return (Ahead){before, length - AHEAD % length, before + stride - length};
 }
 
-/* Whether channels are worked on in slabs. Not with signs, whose words are those of a channel's rows. */
-point int in_slabs(const Job *job) { return job->s < SHORT && !job->signs; }
-
 /* Channels of a task of output alone: as many as lie in a block's length. */
 point Index spread_of(const Job *job) { return job->s < SHORT || job->s > BLOCK ? job->run : BLOCK / job->s; }
 
@@ -88,6 +85,14 @@ point Index group_of_rows(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES
 /* Number of runs of so many neighbouring channels, and run t. */
 point Index runs_of(const Job *job, Index run) { return (job->channels + run - 1) / run; }
 point Run run_of(const Job *job, Index t, Index run) { return (Run){t * run, min(t * run + run, job->channels)}; }
+
+/* Words of the signs of a sample in slabs, which are of one width then, and the first one of a slab. */
+point Index words_in_slabs(const Job *job, Index lanes) {
+    return runs_of(job, job->run) * words_of(job->run * job->s, lanes);
+}
+point Index word_of_slab(const Job *job, Index c0, Index first, Index lanes) {
+    return first * words_in_slabs(job, lanes) + c0 / job->run * words_of(job->run * job->s, lanes);
+}
 
 point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }
 point Index group_of(Index columns) { return max(1, GROUP / columns); }

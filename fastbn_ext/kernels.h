@@ -293,7 +293,8 @@ point void NAME(gradient_columns)(const Job *job, Index at, Index width, const R
     const Index end = width - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    Index i = streaming ? head : 0;
+    V line[LINE / VECTOR_BYTES];
+    Index i = streaming ? head : 0, held = 0;
     for (Index j = 0; j < i; j += LANES) {
         V g = NAME(load)(dy + j);
         V d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j * step, pitch, slope, 0, training);
@@ -309,7 +310,11 @@ point void NAME(gradient_columns)(const Job *job, Index at, Index width, const R
             V g = NAME(load)(dy + i);
             V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i * step, pitch, slope, sign, training);
             NAME(put)(dx + i, d, past);
-            if (dresidual) NAME(put)(dresidual + i, g, past);
+            if (dresidual && past) { /* lines of one output at a time: two in turn, vector by vector, are slow */
+                line[held++] = g;
+                if (held == LINE / VECTOR_BYTES)
+                    while (held) held--, NAME(stream)(dresidual + i - (LINE / VECTOR_BYTES - 1 - held) * LANES, line[held]);
+            } else if (dresidual) NAME(store)(dresidual + i, g);
             if (sign) sign++;
         }
     if (i < width) {
@@ -402,7 +407,8 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
     NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
-    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, 0, 0, STREAMS / 2, 0, s1, s2);
+    const Index word = word_of_slab(job, run.c0, k.first, LANES), words = words_in_slabs(job, LANES);
+    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, word, words, STREAMS / 2, 0, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
@@ -412,7 +418,8 @@ static void NAME(apply_slab)(const Job *job, Run run, Block k, Index ahead, int 
     const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s;
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
-    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 1, 0, 0, ahead, backward);
+    const Index word = word_of_slab(job, run.c0, k.first, LANES), words = words_in_slabs(job, LANES);
+    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 1, word, words, ahead, backward);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -477,7 +484,7 @@ static void NAME(finish_channel)(const Job *job, Index c, int backward, int appl
 
 /* Mean and m2, or sums of gradients, of block b of a run of channels, into `part` (blocks, 2, channels). */
 static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
-    if (in_slabs(job)) (backward ? NAME(slab_gradients) : NAME(slab_moments))(job, run, b);
+    if (job->s < SHORT) (backward ? NAME(slab_gradients) : NAME(slab_moments))(job, run, b);
     else
         for (Index c = run.c0; c < run.c1; c++) {
             double *part = job->part + 2 * b * job->channels + c;
@@ -487,7 +494,7 @@ static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
 
 /* Output, or dx and dresidual, of a block of a run of channels. */
 static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
-    if (in_slabs(job)) NAME(apply_slab)(job, run, k, fused ? 0 : job->ahead, backward);
+    if (job->s < SHORT) NAME(apply_slab)(job, run, k, fused ? 0 : job->ahead, backward);
     else NAME(apply_block)(job, run, k, backward);
 }
 

@@ -58,8 +58,11 @@ class Plan(NamedTuple):
 
 
 @lru_cache(4096)
-def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int) -> Plan:
-    """Cut the work on (n, c, s) values for so many threads: statistics of `reads` tensors, output over `arrays`."""
+def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int, signs: bool = False) -> Plan:
+    """Cut the work on (n, c, s) values for so many threads: statistics of `reads` tensors, output over `arrays`.
+
+    With `signs`, slabs are those of `sign_words`, however many threads there are.
+    """
     size = n * c * s
     beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2
     streaming = beyond_cache and (threads > INTEL_THREADS or not is_intel())
@@ -70,11 +73,11 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
         return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), AHEAD if beyond_cache else 0)
     blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
-    widest = SLAB // s if s < SHORT else 1
-    run = -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
+    widest = _widest(c, s)
+    run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
     split = tasks / (-(-tasks // threads) * threads) < 0.7
-    if split:
+    if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
     ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
     return Plan(threads, split, streaming, run, 0, 0, 0, blocks, ahead)
@@ -86,9 +89,15 @@ def _folded_row(pixel: int) -> int:
     return pixel if vectors > LONGEST_FOLD else vectors * -(-COLUMNS // vectors)
 
 
+def _widest(c: int, s: int) -> int:
+    """Channels of the widest run: one long row, or a slab."""
+    return min(SLAB // s, c) if s < SHORT else 1
+
+
 def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:
     """Number of uint16 words for one bit a value, a word for each vector: every row begins with a word of its own."""
     if s < ROW:
         columns = _folded_row(c * s)
         return (n * c * s // columns + 1) * -(-columns // lanes)
-    return n * c * -(-s // lanes)
+    run = _widest(c, s)
+    return n * -(-c // run) * -(-run * s // lanes)

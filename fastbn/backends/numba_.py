@@ -551,9 +551,14 @@ def apply_block(job, c0, c1, first, rows, column, length, backward):
 
 
 @point
-def in_slabs(job):
-    """Whether channels are worked on in slabs. Not with signs, whose words are those of a channel's rows."""
-    return job.s < SHORT and not present(job.signs)
+def slab_words(job, c0, first):
+    """(word, words): which word of signs is the first of the slab that begins at channel c0 of sample `first`.
+
+    A sample has `words`; with signs, all slabs but the last are of one width.
+    """
+    width = (job.run * job.s + LANES - 1) // LANES
+    words = runs_of(job, job.run) * width
+    return first * words + c0 // job.run * width, words
 
 
 @point
@@ -608,7 +613,8 @@ def slab_gradients(job, c0, c1, b):
     at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
     slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
-    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, 0, 0, STREAMS // 2, 0, s1, s2))
+    word, words = slab_words(job, c0, first)
+    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, word, words, STREAMS // 2, 0, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
 
@@ -620,7 +626,8 @@ def apply_slab(job, c0, c1, first, rows, ahead, backward):
     stride, coef = job.channels * job.s, scratch(job.coef, SLAB_COEF)
     slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
     at = first * stride + c0 * job.s
-    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 1, 0, 0, ahead, backward))
+    word, words = slab_words(job, c0, first)
+    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 1, word, words, ahead, backward))
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
@@ -756,7 +763,7 @@ def reduce_run(job, c0, c1, b, backward):
     """Mean and m2, or sums of gradients, of block b of channels c0 to c1, into `part` (blocks, 2, channels)."""
     noinline()
     part = ahead_of(job.part, 2 * b * job.channels)
-    if in_slabs(job):
+    if job.s < SHORT:
         if backward:
             apart(slab_gradients, (job, c0, c1, b))
         else:
@@ -773,7 +780,7 @@ def reduce_run(job, c0, c1, b, backward):
 def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
     """Output, or dx and dresidual, of a block of channels c0 to c1."""
     noinline()
-    if in_slabs(job):
+    if job.s < SHORT:
         apart(apply_slab, (job, c0, c1, first, rows, 0 if fused else job.ahead, backward))
     else:
         apart(apply_block, (job, c0, c1, first, rows, column, length, backward))
