@@ -109,7 +109,7 @@ class Operations:
         self, x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        cut = self._cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2, signs)
+        cut = self._cut(n, c, s, x.itemsize, 0, 3 if residual.size else 2, signs)
         none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(False, False, True, *cut, n, c, s, True, 0.0, slope, x, residual, none, y, none, none, coef, signs),
@@ -181,7 +181,7 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        cut = self._cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3, signs)
+        cut = self._cut(n, c, s, x.itemsize, 0, 4 if dresidual.size else 3, signs)
         none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(True, False, True, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs),
