@@ -26,6 +26,7 @@ PRECISION = ("tests/test_precision.py",)
 FORWARD = (*PRECISION, "tests/test_moments.py", "tests/test_functional.py")
 BACKWARD = (*PRECISION, "tests/test_functional.py", "tests/test_layers.py")
 FUSED = ("tests/test_fused.py",)
+STREAMING = ("tests/test_streaming.py",)
 
 
 class Mutation(NamedTuple):
@@ -40,7 +41,7 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation(NUMBA, "delta * delta * (count_a * share)", "delta * delta * count_a", "Chan's merge of m2", PRECISION),
-    Mutation(NUMBA, "m2 = total(s2) - sum1 * mean", "m2 = total(s2)", "m2 about the mean, not the shift", PRECISION),
+    Mutation(NUMBA, "m2 = sum2 - sum1 * mean", "m2 = sum2", "m2 about the mean, not the shift", PRECISION),
     Mutation(
         NUMBA,
         "rounded(coef, shift - (center - high) * scale)",
@@ -49,13 +50,9 @@ MUTATIONS = (
         PRECISION,
     ),
     Mutation(NUMBA, "dot -= low * sum_dy", "pass", "what rounding the mean leaves over, in the gradient", PRECISION),
-    Mutation(
-        NUMBA,
-        "like(z, 0.0) if slope == 0.0 else z * like(z, slope)",
-        "z * like(z, slope)",
-        "ReLU of minus infinity is 0, not NaN",
-        FUSED,
-    ),
+    Mutation(NUMBA, "scaled(z, slope)", "z * like(z, slope)", "ReLU of minus infinity is 0, not NaN", FUSED),
+    Mutation(NUMBA, "sums[j] = sums[j + LANES - rest]", "pass", "a slab's last vector of sums overlaps", PRECISION),
+    Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
     Mutation(COMMON, "delta * delta * (a->count * share)", "delta * delta * a->count", "Chan's merge of m2", FORWARD),
     Mutation(
         COMMON,
@@ -65,7 +62,7 @@ MUTATIONS = (
         FORWARD,
     ),
     Mutation(COMMON, "dot -= low * sum_dy;", "", "what rounding the mean leaves over, in the gradient", BACKWARD),
-    Mutation(C, "isfinite(x[0]) ? x[0] : 0", "0", "a shift near the mean: no cancellation", FORWARD),
+    Mutation(C, "isfinite(*x) ? *x : 0", "0", "a shift near the mean: no cancellation", FORWARD),
     Mutation(
         C,
         "slope == 0 ? (V){0} : (V)(z * slope)",
@@ -73,6 +70,7 @@ MUTATIONS = (
         "ReLU of minus infinity is 0, not NaN",
         FUSED,
     ),
+    Mutation(C, "sums[j] = sums[j + LANES - rest]", "", "a slab's last vector of sums overlaps", FORWARD),
     Mutation(C, "(V)((M)gate & tail)", "gate", "a row's last vector overlaps the one before", BACKWARD),
     Mutation(
         C,
