@@ -45,6 +45,7 @@ typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
 typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
 typedef struct { Index before, turn, after; } Ahead;
+typedef struct { Index at, stride, width, word, words; } Slab; /* its rows and their signs: begin, distance */
 typedef struct { Index first, rows, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
 point Index min(Index a, Index b) { return a < b ? a : b; }
@@ -86,12 +87,12 @@ point Index group_of_rows(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES
 point Index runs_of(const Job *job, Index run) { return (job->channels + run - 1) / run; }
 point Run run_of(const Job *job, Index t, Index run) { return (Run){t * run, min(t * run + run, job->channels)}; }
 
-/* Words of the signs of a sample in slabs, which are of one width then, and the first one of a slab. */
-point Index words_in_slabs(const Job *job, Index lanes) {
-    return runs_of(job, job->run) * words_of(job->run * job->s, lanes);
-}
-point Index word_of_slab(const Job *job, Index c0, Index first, Index lanes) {
-    return first * words_in_slabs(job, lanes) + c0 / job->run * words_of(job->run * job->s, lanes);
+/* The slab of a run of channels from sample `first` on. With signs, all slabs but the last are of one width. */
+point Slab slab_of(const Job *job, Run run, Index first, Index lanes) {
+    const Index s = job->s, stride = job->channels * s, slab = words_of(job->run * s, lanes);
+    const Index words = runs_of(job, job->run) * slab;
+    const Index at = first * stride + run.c0 * s, word = first * words + run.c0 / job->run * slab;
+    return (Slab){at, stride, (run.c1 - run.c0) * s, word, words};
 }
 
 point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }

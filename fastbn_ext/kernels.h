@@ -380,14 +380,15 @@ point double NAME(total_of)(const double *sums, Index length) {
 /* Mean and m2 of block b of a run of channels, into `part`. */
 static void NAME(slab_moments)(const Job *job, Run run, Index b) {
     const Block k = block_of(b, job->n, job->s);
-    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s, width = (run.c1 - run.c0) * s;
+    const Slab slab = slab_of(job, run, k.first, LANES);
+    const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
     REAL shifts[WIDEST];
     double s1[WIDEST], s2[WIDEST];
     Index j = 0;
-    do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + at + j), s, shifts + j);
+    do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + slab.at + j), s, shifts + j);
     while ((j += s) < width);
-    NAME(sum_moments)(job, at, stride, k.rows, width, shifts, STREAMS, 0, s1, s2);
+    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, STREAMS, 0, s1, s2);
     for (j = 0; j < width; j += s, part++)
         moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
 }
@@ -402,24 +403,23 @@ point void NAME(slab_coef)(const Job *job, Run run, REAL *coef, Index first, Ind
 /* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
 static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
     const Block k = block_of(b, job->n, job->s);
-    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s, width = (run.c1 - run.c0) * s;
+    const Slab slab = slab_of(job, run, k.first, LANES);
+    const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
     NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
-    const Index word = word_of_slab(job, run.c0, k.first, LANES), words = words_in_slabs(job, LANES);
-    NAME(sum_gradients)(job, at, stride, k.rows, width, coef, SLAB, word, words, STREAMS / 2, 0, s1, s2);
+    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, STREAMS / 2, 0, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
 
 /* Output, or dx and dresidual, of a run of channels in the samples of a block. */
 static void NAME(apply_slab)(const Job *job, Run run, Block k, Index ahead, int backward) {
-    const Index s = job->s, stride = job->channels * s, at = k.first * stride + run.c0 * s;
+    const Slab slab = slab_of(job, run, k.first, LANES);
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
-    const Index word = word_of_slab(job, run.c0, k.first, LANES), words = words_in_slabs(job, LANES);
-    NAME(apply_rows)(job, at, stride, k.rows, (run.c1 - run.c0) * s, coef, SLAB, 1, word, words, ahead, backward);
+    NAME(apply_rows)(job, slab.at, slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, slab.words, ahead, backward);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */

@@ -551,14 +551,15 @@ def apply_block(job, c0, c1, first, rows, column, length, backward):
 
 
 @point
-def slab_words(job, c0, first):
-    """(word, words): which word of signs is the first of the slab that begins at channel c0 of sample `first`.
+def slab_of(job, c0, c1, first):
+    """(at, stride, width, word, words) of the slab of channels c0 to c1 from sample `first` on.
 
-    A sample has `words`; with signs, all slabs but the last are of one width.
+    Its rows of `width` values begin at `at`, `stride` apart; their signs begin at `word`, `words` apart. With signs,
+    all slabs but the last are of one width.
     """
-    width = (job.run * job.s + LANES - 1) // LANES
-    words = runs_of(job, job.run) * width
-    return first * words + c0 // job.run * width, words
+    s, stride, slab = job.s, job.channels * job.s, (job.run * job.s + LANES - 1) // LANES
+    words = runs_of(job, job.run) * slab
+    return first * stride + c0 * s, stride, (c1 - c0) * s, first * words + c0 // job.run * slab, words
 
 
 @point
@@ -585,12 +586,12 @@ def slab_moments(job, c0, c1, b):
     """Mean and m2 of block b of channels c0 to c1, into `part`."""
     noinline()
     first, rows, _, s = block_of(b, job.n, job.s)
-    channels, stride = job.channels, job.channels * job.s
-    at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
+    at, stride, width, _, _ = slab_of(job, c0, c1, first)
+    channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
     for c in range(c1 - c0):
         repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
-    apart(sum_moments, (job, at, stride, rows, (c1 - c0) * s, shifts, STREAMS, 0, s1, s2))
+    apart(sum_moments, (job, at, stride, rows, width, shifts, STREAMS, 0, s1, s2))
     for c in range(c1 - c0):
         sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
         part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
@@ -609,12 +610,11 @@ def slab_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channels c0 to c1, into `part`."""
     noinline()
     first, rows, _, s = block_of(b, job.n, job.s)
-    channels, stride = job.channels, job.channels * job.s
-    at, part = first * stride + c0 * s, ahead_of(job.part, 2 * b * channels + c0)
+    at, stride, width, word, words = slab_of(job, c0, c1, first)
+    channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
     slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
-    word, words = slab_words(job, c0, first)
-    apart(sum_gradients, (job, at, stride, rows, (c1 - c0) * s, coef, SLAB, word, words, STREAMS // 2, 0, s1, s2))
+    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, STREAMS // 2, 0, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
 
@@ -623,11 +623,10 @@ def slab_gradients(job, c0, c1, b):
 def apply_slab(job, c0, c1, first, rows, ahead, backward):
     """Output, or dx and dresidual, of channels c0 to c1 in so many samples."""
     noinline()
-    stride, coef = job.channels * job.s, scratch(job.coef, SLAB_COEF)
+    at, stride, width, word, words = slab_of(job, c0, c1, first)
+    coef = scratch(job.coef, SLAB_COEF)
     slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
-    at = first * stride + c0 * job.s
-    word, words = slab_words(job, c0, first)
-    apart(apply_rows, (job, at, stride, rows, (c1 - c0) * job.s, coef, SLAB, 1, word, words, ahead, backward))
+    apart(apply_rows, (job, at, stride, rows, width, coef, SLAB, 1, word, words, ahead, backward))
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
