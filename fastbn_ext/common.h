@@ -13,11 +13,11 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { PLAIN, ACTIVATED, ANY }; /* kinds of output: of x alone, behind an activation, with all that there is */
-enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 2048 };
+enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x alone, behind an activation, with a residual, with both, any */
+enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, COLUMN_AHEAD = 2048, STREAMS = 4 };
 enum { CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, DEPTH = 8 };                /* column nest */
-enum { SHORT = 512, SLAB = 1536, SLAB_COEF = 6 * SLAB, STREAMS = 8, SAMPLES = 16 };      /* slabs */
-enum { MOST_LANES = 16, WIDEST = SLAB + MOST_LANES };                                    /* sums of a slab or a chunk */
+enum { SHORT = 512, SLAB = 800, SLAB_COEF = 6 * SLAB, SLAB_STREAMS = 8, SAMPLES = 16 };      /* slabs */
+enum { MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES };                                  /* sums of a slab or a chunk */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
@@ -44,7 +44,7 @@ typedef struct {
 typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
 typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
-typedef struct { Index before, turn, after; } Ahead;
+typedef struct { Index turn, after; } Ahead;
 typedef struct { Index at, stride, width, word, words; } Slab; /* its rows and their signs: begin, distance */
 typedef struct { Index first, rows, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
@@ -60,21 +60,27 @@ point void prefetch_part(const void *x) {
 
 point Index to_line(const void *x, Index itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
 
-/* Block b of a channel. The last one of a row takes the rest: none is shorter than a vector. */
-point Block block_of(Index b, Index n, Index s) {
-    if (s > BLOCK) {
-        const Index pieces = s / BLOCK, p = b % pieces;
-        return (Block){b / pieces, 1, p * BLOCK, p < pieces - 1 ? BLOCK : s - p * BLOCK};
-    }
-    const Index rows = BLOCK / s;
-    return (Block){b * rows, min(rows, n - b * rows), 0, s};
+/* Rows of a block whose rows are reduced: whole groups of streams. */
+point Index height_of(Index s) {
+    if (s < SHORT) return BLOCK / s;
+    return s < BLOCK ? (BLOCK / s + STREAMS - 1) / STREAMS * STREAMS : STREAMS;
 }
 
-/* How far away value i of a row has the one that is AHEAD of it in its channel: `before` where i < turn, and `after`
-   elsewhere. Rows of the channel lie `stride` apart. */
-point Ahead ahead_in(Index length, Index stride) {
-    const Index before = AHEAD / length * stride + AHEAD % length;
-    return (Ahead){before, length - AHEAD % length, before + stride - length};
+/* Pieces of a row: a long one is cut. */
+point Index pieces_of(Index s) { return max(1, s / BLOCK); }
+
+/* Block b of a channel, of so many rows. The last piece of a row takes the rest: none is shorter than a vector. */
+point Block block_of(Index b, Index n, Index s, Index height) {
+    const Index pieces = pieces_of(s), first = b / pieces * height, p = b % pieces;
+    return (Block){first, min(height, n - first), p * BLOCK, p < pieces - 1 ? BLOCK : s - p * BLOCK};
+}
+
+/* How far away value i of a row has what is AHEAD of it in its channel, whose rows are read STREAMS at a time from `row`
+   of block k on: AHEAD where i < turn, and `after` elsewhere. */
+point Ahead ahead_in(const Job *job, Block k, Index row) {
+    if (k.column + k.length < job->s) return (Ahead){k.length, AHEAD};
+    const Index after = STREAMS * job->channels * job->s - job->s + AHEAD;
+    return (Ahead){k.length - AHEAD, k.first + row + STREAMS < job->n ? after : 0};
 }
 
 /* Channels of a task of output alone: as many as lie in a block's length. */
@@ -108,8 +114,15 @@ point Chunk chunk_of(const Job *job, Index t) {
 /* Number of values behind part b of a channel or column; one in the part of the values that fill no row. */
 point Index size_of(const Job *job, Index b) {
     if (job->columns) return b < job->blocks ? min(job->block, job->rows - b * job->block) : 1;
-    const Block k = block_of(b, job->n, job->s);
+    const Block k = block_of(b, job->n, job->s, height_of(job->s));
     return k.rows * k.length;
+}
+
+/* Kind of output. GCC leaves tests of what never changes in loops of many (inference with a residual, in cache: 15 ns for
+   16 values, 6 so); LLVM does not. */
+point int kind_of(int added, int activated, int signs) {
+    if (!added && !signs) return activated ? ACTIVATED : PLAIN;
+    return added && activated && signs ? SIGNED : added && !activated ? ADDED : ANY;
 }
 
 /* In place the lines are in the cache already. */
@@ -124,8 +137,8 @@ static inline Index tasks_of(const Job *job, int phase) {
     case FUSED: return runs_of(job, job->run);
     case REDUCE: return job->blocks * runs_of(job, job->run);
     case APPLY: {
-        const Index group = group_of_rows(job), blocks = job->s > BLOCK ? job->blocks : (job->n + group - 1) / group;
-        return blocks * runs_of(job, spread_of(job));
+        const Index group = group_of_rows(job), groups = (job->n + group - 1) / group;
+        return groups * pieces_of(job->s) * runs_of(job, spread_of(job));
     }
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
     default: return (job->rows + group_of(job->columns) - 1) / group_of(job->columns);

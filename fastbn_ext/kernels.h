@@ -27,7 +27,7 @@ static void NAME(round_gradient)(const Job *job, Index j, Index c) {
 /* --- points: one vector ------------------------------------------------------------------------------------------- */
 
 /* z where the activation is open, slope * z elsewhere; a slope of 0 gives zero even for an infinite z. */
-point V NAME(activated)(V z, M open, REAL slope) { return NAME(where)(open, z, slope == 0 ? (V){0} : (V)(z * slope)); }
+point V NAME(activated)(V z, M open, REAL slope) { return NAME(where)(open, z, NAME(scaled)(z, slope)); }
 
 /* activation((x - center) * scale + shift + residual) */
 point V NAME(output)(V x, V added, V high, V scale, V low, REAL slope, uint16_t *sign) {
@@ -66,99 +66,93 @@ point void NAME(prefetch_two)(const REAL *x) {
 
 /* Mean and m2 of block b of channel c. */
 static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
-    const Block k = block_of(b, job->n, job->s);
-    const Index stride = job->channels * job->s, rest = k.length % LANES, end = k.length - 2 * LANES + 1;
-    const Ahead far = ahead_in(k.length, stride);
+    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Index stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
     const REAL *x = (const REAL *)job->x + k.first * stride + c * job->s + k.column;
     const REAL shift = NAME(shift_of)(x);
     const V beyond = NAME(splat)(shift); /* stands in lanes that count no more */
     const W around = NAME(widen)(beyond), one = NAME(ones)();
-    const M tail = NAME(last)(rest);
     W s1 = NAME(splat_wide)(0), s2 = s1, t1 = s1, t2 = s1; /* two sums each: one would wait for its last addition */
-    for (Index r = 0; r < k.rows; r++, x += stride) {
+    for (Index row = 0; row < k.rows; row += STREAMS, x += STREAMS * stride) {
+        const Index streams = min(STREAMS, k.rows - row);
+        const Ahead far = ahead_in(job, k, row);
         Index i = 0;
-        for (int turned = 0; turned < 2; turned++) {
-            const Index stop = turned ? end : min(far.turn, end), ahead = turned ? far.after : far.before;
-            for (; i < stop; i += 2 * LANES) {
-                NAME(prefetch_two)(x + i + ahead);
-                W d = NAME(minus)(NAME(load_widened)(x + i), around);
-                W e = NAME(minus)(NAME(load_widened)(x + i + LANES), around);
-                s1 = NAME(added)(s1, d, one);
-                t1 = NAME(added)(t1, e, one);
+        for (int turned = 0; turned < 2; turned++)
+            for (const Index ahead = turned ? far.after : AHEAD; i < (turned ? whole : min(far.turn, whole)); i += 2 * LANES)
+                for (Index r = 0; r < streams; r++) {
+                    const REAL *at = x + r * stride + i;
+                    NAME(prefetch_two)(at + ahead);
+                    W d = NAME(minus)(NAME(load_widened)(at), around);
+                    W e = NAME(minus)(NAME(load_widened)(at + LANES), around);
+                    s1 = NAME(added)(s1, d, one);
+                    t1 = NAME(added)(t1, e, one);
+                    s2 = NAME(fused)(d, d, s2);
+                    t2 = NAME(fused)(e, e, t2);
+                }
+        for (; i < k.length; i += LANES)
+            for (Index r = 0; r < streams; r++) {
+                const V value = NAME(load)(x + r * stride + min(i, k.length - LANES));
+                W d = NAME(minus)(NAME(widen)(NAME(where)(NAME(last)(k.length - i), value, beyond)), around);
+                s1 = NAME(plus)(s1, d);
                 s2 = NAME(fused)(d, d, s2);
-                t2 = NAME(fused)(e, e, t2);
             }
-        }
-        if (i + LANES <= k.length) {
-            W d = NAME(minus)(NAME(load_widened)(x + i), around);
-            s1 = NAME(plus)(s1, d);
-            s2 = NAME(fused)(d, d, s2);
-        }
-        if (rest) {
-            W d = NAME(minus)(NAME(widen)(NAME(where)(tail, NAME(load)(x + k.length - LANES), beyond)), around);
-            s1 = NAME(plus)(s1, d);
-            s2 = NAME(fused)(d, d, s2);
-        }
     }
     moments_of(shift, k.rows * k.length, NAME(total)(NAME(plus)(s1, t1)), NAME(total)(NAME(plus)(s2, t2)), mean, m2);
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
 static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
-    const Block k = block_of(b, job->n, job->s);
-    const Index words = words_of(job->s, LANES), rest = k.length % LANES, stride = job->channels * job->s;
-    const Index end = k.length - 2 * LANES + 1;
-    const Ahead far = ahead_in(k.length, stride);
+    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Index words = words_of(job->s, LANES), stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
     const V low = NAME(splat)(coef[LOW * job->channels]);
     const W around = NAME(splat_wide)(coef[MEAN * job->channels]), one = NAME(ones)();
-    const M tail = NAME(last)(rest);
     W dys = NAME(splat_wide)(0), dots = dys, dys2 = dys, dots2 = dys;
-    for (Index row = k.first; row < k.first + k.rows; row++) {
-        const Index at = row * stride + c * job->s + k.column;
-        const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
-        const uint16_t *sign = job->signs ? job->signs + (row * job->channels + c) * words + k.column / LANES : 0;
+    for (Index row = 0; row < k.rows; row += STREAMS) {
+        const Index first = (k.first + row) * job->channels + c, begin = first * job->s + k.column;
+        const Index streams = min(STREAMS, k.rows - row);
+        const Ahead far = ahead_in(job, k, row);
+        const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
+        const uint16_t *sign = job->signs ? job->signs + first * words + k.column / LANES : 0;
+        const Index apart = sign ? job->channels * words : 0; /* signs of neighbouring rows */
         Index i = 0;
+#define GATED(at, sign) NAME(gated)(NAME(load)(dy + (at)), NAME(load)(x + (at)), high, scale, low, slope, sign)
         for (int turned = 0; turned < 2; turned++) {
-            const Index stop = turned ? end : min(far.turn, end), ahead = turned ? far.after : far.before;
+            const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
             if (slope == 1)
-                for (; i < stop; i += 2 * LANES) {
-                    NAME(prefetch_two)(x + i + ahead);
-                    NAME(prefetch_two)(dy + i + ahead);
-                    W g = NAME(load_widened)(dy + i), g2 = NAME(load_widened)(dy + i + LANES);
-                    dys = NAME(added)(dys, g, one);
-                    dys2 = NAME(added)(dys2, g2, one);
-                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
-                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + i + LANES), around), dots2);
-                }
+                for (; i < stop; i += 2 * LANES)
+                    for (Index r = 0, at = i; r < streams; r++, at += stride) {
+                        NAME(prefetch_two)(x + at + ahead);
+                        NAME(prefetch_two)(dy + at + ahead);
+                        W g = NAME(load_widened)(dy + at), g2 = NAME(load_widened)(dy + at + LANES);
+                        dys = NAME(added)(dys, g, one);
+                        dys2 = NAME(added)(dys2, g2, one);
+                        dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+                        dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
+                    }
             else
-                for (; i < stop; i += 2 * LANES, sign += sign ? 2 : 0) {
-                    NAME(prefetch_two)(x + i + ahead);
-                    NAME(prefetch_two)(dy + i + ahead);
-                    V value = NAME(load)(x + i), value2 = NAME(load)(x + i + LANES);
-                    V gate = NAME(gated)(NAME(load)(dy + i), value, high, scale, low, slope, sign);
-                    V gate2 = NAME(gated)(NAME(load)(dy + i + LANES), value2, high, scale, low, slope, sign ? sign + 1 : 0);
-                    W g = NAME(widen)(gate), g2 = NAME(widen)(gate2);
-                    dys = NAME(added)(dys, g, one);
-                    dys2 = NAME(added)(dys2, g2, one);
-                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
-                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + i + LANES), around), dots2);
+                for (; i < stop; i += 2 * LANES) {
+                    const uint16_t *word = sign ? sign + i / LANES : 0;
+                    for (Index r = 0, at = i; r < streams; r++, at += stride, word += apart) {
+                        NAME(prefetch_two)(x + at + ahead);
+                        NAME(prefetch_two)(dy + at + ahead);
+                        W g = NAME(widen)(GATED(at, word)), g2 = NAME(widen)(GATED(at + LANES, word ? word + 1 : 0));
+                        dys = NAME(added)(dys, g, one);
+                        dys2 = NAME(added)(dys2, g2, one);
+                        dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+                        dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
+                    }
                 }
         }
-        if (i + LANES <= k.length) {
-            W g = NAME(widen)(NAME(gated)(NAME(load)(dy + i), NAME(load)(x + i), high, scale, low, slope, sign));
-            dys = NAME(plus)(dys, g);
-            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + i), around), dots);
-            if (sign) sign++;
-        }
-        if (rest) {
-            const Index at_end = k.length - LANES;
-            V gate = NAME(gated)(NAME(load)(dy + at_end), NAME(load)(x + at_end), high, scale, low, slope, sign);
-            W g = NAME(widen)((V)((M)gate & tail));
-            dys = NAME(plus)(dys, g);
-            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at_end), around), dots);
-        }
+        for (; i < k.length; i += LANES)
+            for (Index r = 0, at = min(i, k.length - LANES); r < streams; r++, at += stride) {
+                const V g = GATED(at, sign ? sign + i / LANES + r * apart : 0);
+                const W counted = NAME(widen)((V)((M)g & NAME(last)(k.length - i)));
+                dys = NAME(plus)(dys, counted);
+                dots = NAME(fused)(counted, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+            }
+#undef GATED
     }
     *sum_dy = NAME(total)(NAME(plus)(dys, dys2));
     *dot = NAME(total)(NAME(plus)(dots, dots2));
@@ -246,11 +240,12 @@ point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
 
 /* Output of a row. `kind` is known when this is compiled, and spares loops what they need not ask for. */
 point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
-                               Index word, Index ahead, const int kind) {
-    const REAL *x = (const REAL *)job->x + at, *residual = kind == ANY && job->residual ? (const REAL *)job->residual + at : 0;
+                               Index word, Index ahead, Index beyond, const int kind) {
+    const REAL *x = (const REAL *)job->x + at, *residual = kind >= ADDED && job->residual ? (const REAL *)job->residual + at : 0;
     REAL *y = (REAL *)job->y + at;
-    uint16_t *sign = kind == ANY && job->signs ? job->signs + word : 0;
-    const REAL slope = kind == PLAIN ? 1 : job->slope;
+    uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word : 0;
+    const REAL slope = kind == PLAIN || kind == ADDED ? 1 : job->slope;
+    if (((kind == ADDED || kind == SIGNED) && !residual) || (kind == SIGNED && !sign)) __builtin_unreachable();
     const Index end = width - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
     const V none = {0}, last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
@@ -265,6 +260,7 @@ point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL
     for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
         for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
             if (ahead) prefetch(x + i + ahead);
+            if (residual && beyond) prefetch(residual + i + beyond);
             V z = OUTPUT(NAME(load)(x + i), residual ? NAME(load)(residual + i) : none, i * step, sign);
             NAME(put)(y + i, z, past);
             if (sign) sign++;
@@ -273,88 +269,103 @@ point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL
 #undef OUTPUT
 }
 
-/* dx of the vector at a column, and its gated dy. */
-point V NAME(gradient_column)(V *g, V x, const REAL *coef, Index pitch, REAL slope, const uint16_t *sign, int training) {
+/* dx of the vector at a column. */
+point V NAME(gradient_column)(V dy, V x, const REAL *coef, Index pitch, REAL slope, const uint16_t *sign, int training) {
     V high = NAME(load)(coef + HIGH * pitch), scale = NAME(load)(coef + SCALE * pitch);
     V low = NAME(load)(coef + LOW * pitch), mean = NAME(load)(coef + MEAN * pitch);
     V a = NAME(load)(coef + A * pitch), b = NAME(load)(coef + B * pitch);
-    *g = NAME(gated)(*g, x, high, scale, low, slope, sign);
-    return NAME(gradient)(*g, x, training, scale, mean, a, b);
+    V g = NAME(gated)(dy, x, high, scale, low, slope, sign);
+    return NAME(gradient)(g, x, training, scale, mean, a, b);
 }
 
-/* dx, and dresidual if wanted, of a row. */
+/* dx of a row. */
 point void NAME(gradient_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
                                   Index word, Index ahead, const int kind) {
     const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
-    REAL *dx = (REAL *)job->dx + at, *dresidual = kind == ANY && job->dresidual ? (REAL *)job->dresidual + at : 0;
-    const uint16_t *sign = kind == ANY && job->signs ? job->signs + word : 0;
+    REAL *dx = (REAL *)job->dx + at;
+    const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word : 0;
     const REAL slope = kind == PLAIN ? 1 : job->slope;
     const int training = kind == ANY ? job->training : 1;
+    if (kind == SIGNED && !sign) __builtin_unreachable();
     const Index end = width - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
-    const int streaming = job->streaming && !(sign && head) && !(dresidual && to_line(dresidual, sizeof(REAL)) != head);
+    const int streaming = job->streaming && !(sign && head);
     const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    V line[LINE / VECTOR_BYTES];
-    Index i = streaming ? head : 0, held = 0;
-    for (Index j = 0; j < i; j += LANES) {
-        V g = NAME(load)(dy + j);
-        V d = NAME(gradient_column)(&g, NAME(load)(x + j), coef + j * step, pitch, slope, 0, training);
-        NAME(store_where)(dx + j, NAME(foremost)(i - j), d);
-        if (dresidual) NAME(store_where)(dresidual + j, NAME(foremost)(i - j), g);
-    }
+    Index i = streaming ? head : 0;
+#define GRADIENT(g, value, j, sign) NAME(gradient_column)(g, value, coef + (j), pitch, slope, sign, training)
+    for (Index j = 0; j < i; j += LANES)
+        NAME(store_where)(dx + j, NAME(foremost)(i - j), GRADIENT(NAME(load)(dy + j), NAME(load)(x + j), j * step, 0));
     for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
         for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
             if (ahead) {
                 prefetch(x + i + ahead);
                 prefetch(dy + i + ahead);
             }
-            V g = NAME(load)(dy + i);
-            V d = NAME(gradient_column)(&g, NAME(load)(x + i), coef + i * step, pitch, slope, sign, training);
-            NAME(put)(dx + i, d, past);
-            if (dresidual && past) { /* lines of one output at a time: two in turn, vector by vector, are slow */
-                line[held++] = g;
-                if (held == LINE / VECTOR_BYTES)
-                    while (held) held--, NAME(stream)(dresidual + i - (LINE / VECTOR_BYTES - 1 - held) * LANES, line[held]);
-            } else if (dresidual) NAME(store)(dresidual + i, g);
+            NAME(put)(dx + i, GRADIENT(NAME(load)(dy + i), NAME(load)(x + i), i * step, sign), past);
             if (sign) sign++;
         }
-    if (i < width) {
-        V g = last_dy, d = NAME(gradient_column)(&g, last, coef + end * step, pitch, slope, sign, training);
-        NAME(finish_row)(dx + end, d, width - i, streaming);
-        if (dresidual) NAME(finish_row)(dresidual + end, g, width - i, streaming);
-    }
+    if (i < width) NAME(finish_row)(dx + end, GRADIENT(last_dy, last, end * step, sign), width - i, streaming);
+#undef GRADIENT
+}
+
+/* dresidual of a row: the gated dy, whose signs are there if it has an activation. */
+point void NAME(residual_columns)(const Job *job, Index at, Index width, Index word) {
+    const REAL *dy = (const REAL *)job->dy + at;
+    REAL *dresidual = (REAL *)job->dresidual + at;
+    const uint16_t *sign = job->signs ? job->signs + word : 0;
+    const Index end = width - LANES, head = job->streaming ? to_line(dresidual, sizeof(REAL)) : 0;
+    const int streaming = job->streaming && !(sign && head);
+    const V last = NAME(load)(dy + end);
+    Index i = streaming ? head : 0;
+#define GATED(g) (sign ? NAME(activated)(g, NAME(mask_of)(*sign), job->slope) : (g))
+    for (Index j = 0; j < i; j += LANES)
+        NAME(store_where)(dresidual + j, NAME(foremost)(i - j), NAME(load)(dy + j));
+    for (int past = streaming; past >= 0; past--)
+        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
+            NAME(put)(dresidual + i, GATED(NAME(load)(dy + i)), past);
+            if (sign) sign++;
+        }
+    if (i < width) NAME(finish_row)(dresidual + end, GATED(last), width - i, streaming);
+#undef GATED
 }
 
 /* Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched. */
 static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
                              Index step, Index word, Index words, Index ahead, int backward) {
-    const int simple = !job->signs && !job->residual && !job->dresidual && job->training;
-    const int kind = !simple ? ANY : job->slope == 1 ? PLAIN : ACTIVATED;
+    const int added = job->residual != 0, activated = job->slope != 1, signs = job->signs != 0;
+    const int kind = job->training ? kind_of(backward ? signs : added, activated, signs) : ANY;
+    const Index beyond = ahead || !job->ahead ? ahead : stride; /* after a reduction only the residual is out of the cache */
     const REAL *out = (const REAL *)(backward ? job->dx : job->y);
     for (Index r = 0; r < rows; r++, at += stride, word += words) {
         if (job->streaming) { /* a store that waits for its line holds up all behind it */
             prefetch_part(out + at + width);
             if (r + 1 < rows) prefetch_part(out + at + stride);
         }
+        if (backward && job->dresidual) NAME(residual_columns)(job, at, width, word); /* first: dx may lie over dy */
         if (backward)
             if (kind == PLAIN) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
             else if (kind == ACTIVATED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
+            else if (kind == SIGNED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, SIGNED);
             else NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
-        else if (kind == PLAIN) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
-        else if (kind == ACTIVATED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
-        else NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
+        else if (kind == PLAIN) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, 0, PLAIN);
+        else if (kind == ACTIVATED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, 0, ACTIVATED);
+        else if (kind == ADDED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, ADDED);
+        else if (kind == SIGNED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, SIGNED);
+        else NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, ANY);
     }
 }
 
-/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column. */
-static void NAME(apply_block)(const Job *job, Run run, Block k, int backward) {
-    const Index channels = job->channels, words = words_of(job->s, LANES), stride = channels * job->s;
+/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after
+   their reduction from the last row to the first. */
+static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, int fused) {
+    const Index channels = job->channels, words = words_of(job->s, LANES), first = fused ? k.first + k.rows - 1 : k.first;
+    const Index on = fused ? -channels : channels, ahead = fused ? 0 : job->ahead;
     REAL coef[6 * LANES];
     for (Index c = run.c0; c < run.c1; c++) {
-        const Index row = k.first * channels + c, word = row * words + k.column / LANES;
+        const Index row = first * channels + c, word = row * words + k.column / LANES;
         for (Index r = 0; r <= (backward ? B : LOW); r++)
             NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
-        NAME(apply_rows)(job, row * job->s + k.column, stride, k.rows, k.length, coef, LANES, 0, word, channels * words,
-                         job->ahead, backward);
+        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0, word, on * words, ahead,
+                         backward);
     }
 }
 
@@ -379,7 +390,7 @@ point double NAME(total_of)(const double *sums, Index length) {
 
 /* Mean and m2 of block b of a run of channels, into `part`. */
 static void NAME(slab_moments)(const Job *job, Run run, Index b) {
-    const Block k = block_of(b, job->n, job->s);
+    const Block k = block_of(b, job->n, job->s, height_of(job->s));
     const Slab slab = slab_of(job, run, k.first, LANES);
     const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
@@ -388,7 +399,7 @@ static void NAME(slab_moments)(const Job *job, Run run, Index b) {
     Index j = 0;
     do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + slab.at + j), s, shifts + j);
     while ((j += s) < width);
-    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, STREAMS, 0, s1, s2);
+    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, SLAB_STREAMS, 0, s1, s2);
     for (j = 0; j < width; j += s, part++)
         moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
 }
@@ -402,24 +413,26 @@ point void NAME(slab_coef)(const Job *job, Run run, REAL *coef, Index first, Ind
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
 static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
-    const Block k = block_of(b, job->n, job->s);
+    const Block k = block_of(b, job->n, job->s, height_of(job->s));
     const Slab slab = slab_of(job, run, k.first, LANES);
     const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
     NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
-    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, STREAMS / 2, 0, s1, s2);
+    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, SLAB_STREAMS / 2, 0, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
 
-/* Output, or dx and dresidual, of a run of channels in the samples of a block. */
-static void NAME(apply_slab)(const Job *job, Run run, Block k, Index ahead, int backward) {
-    const Slab slab = slab_of(job, run, k.first, LANES);
+/* Output, or dx and dresidual, of a run of channels in the samples of a block: after their reduction the last first. */
+static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int fused) {
+    const Slab slab = slab_of(job, run, fused ? k.first + k.rows - 1 : k.first, LANES);
+    const Index on = fused ? -1 : 1, ahead = fused ? 0 : job->ahead;
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
-    NAME(apply_rows)(job, slab.at, slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, slab.words, ahead, backward);
+    NAME(apply_rows)(job, slab.at, on * slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, on * slab.words, ahead,
+                     backward);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -430,7 +443,7 @@ static void NAME(column_moments)(const Job *job, Index t) {
     const Index columns = job->columns, at = q.first * columns + q.column;
     const REAL *shifts = (const REAL *)job->x + at;
     double s1[WIDEST], s2[WIDEST];
-    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, DEPTH, AHEAD, s1, s2);
+    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, DEPTH, COLUMN_AHEAD, s1, s2);
     for (Index j = 0; j < q.width; j++)
         moments_of(NAME(shift_of)(shifts + j), q.rows, s1[j], s2[j], q.part + j, q.part + j + columns);
 }
@@ -442,7 +455,7 @@ static void NAME(column_gradients)(const Job *job, Index t) {
     const Index word = q.first * words + q.column / LANES;
     const REAL *coef = (const REAL *)job->coef + q.column;
     double s1[WIDEST], s2[WIDEST];
-    NAME(sum_gradients)(job, at, columns, q.rows, q.width, coef, columns, word, words, DEPTH, AHEAD, s1, s2);
+    NAME(sum_gradients)(job, at, columns, q.rows, q.width, coef, columns, word, words, DEPTH, COLUMN_AHEAD, s1, s2);
     for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
@@ -494,8 +507,7 @@ static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
 
 /* Output, or dx and dresidual, of a block of a run of channels. */
 static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
-    if (job->s < SHORT) NAME(apply_slab)(job, run, k, fused ? 0 : job->ahead, backward);
-    else NAME(apply_block)(job, run, k, backward);
+    (job->s < SHORT ? NAME(apply_slab) : NAME(apply_block))(job, run, k, backward, fused);
 }
 
 /* Reduction and output of run t. */
@@ -507,7 +519,7 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
         (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
     }
     for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
-        NAME(apply_run)(job, run, block_of(b, job->n, job->s), backward, 1);
+        NAME(apply_run)(job, run, block_of(b, job->n, job->s, height_of(job->s)), backward, 1);
 }
 
 /* Task t of a phase. */
@@ -516,9 +528,8 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     case FUSED: NAME(run_at_once)(job, t, backward); break;
     case REDUCE: NAME(reduce_run)(job, run_of(job, t / job->blocks, job->run), t % job->blocks, backward); break;
     case APPLY: {
-        const Index runs = runs_of(job, spread_of(job)), b = t / runs, first = b * group_of_rows(job);
-        const Block rows = {first, min(group_of_rows(job), job->n - first), 0, job->s}; /* in the order of memory */
-        const Block block = job->s > BLOCK ? block_of(b, job->n, job->s) : rows;
+        const Index runs = runs_of(job, spread_of(job)); /* in the order of memory */
+        const Block block = block_of(t / runs, job->n, job->s, group_of_rows(job));
         NAME(apply_run)(job, run_of(job, t % runs, spread_of(job)), block, backward, 0);
         break;
     }

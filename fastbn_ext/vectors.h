@@ -126,6 +126,9 @@ point void NAME(store_where)(REAL *x, M mask, V value) {
 #endif
 }
 
+/* value * slope, and zero for a slope of 0 even where `value` is infinite, without a branch */
+point V NAME(scaled)(V value, REAL slope) { return (V)((M)(value * slope) & ((M){0} - (INTEGER)(slope != 0))); }
+
 /* One bit a lane, and back. */
 point uint16_t NAME(bits)(M mask) {
 #if VECTOR_BYTES == 64 && REAL_BYTES == 4
@@ -145,7 +148,7 @@ point uint16_t NAME(bits)(M mask) {
 
 point M NAME(mask_of)(uint16_t word) {
     M bit = (INTEGER)1 << NAME(lanes)();
-    return (M)(((INTEGER)word & bit) != 0);
+    return (M)(((INTEGER)word & bit) == bit);
 }
 
 /* Sum of the lanes by halves: always in the same order. */

@@ -89,7 +89,7 @@ def test_results_of_huge_arrays(case):
 @pytest.mark.usefixtures("streaming")
 def test_streamed_results(case):
     s = math.prod(case.shape[2:]) if case.axis == 1 else 1
-    assert _plan.plan(case.size // case.channels // s, case.channels, s, 4, 1, 2, CPUS).streaming
+    assert _plan.plan(case.size // case.channels // s, case.channels, s, 4, 2, CPUS).streaming
     check_results(case)
 
 

@@ -48,8 +48,8 @@ class Operations:
         self._lanes = lanes
         self._image_kernel_of = image_kernel_of
 
-    def _cut(self, n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, signs: Array = NO_SIGNS) -> Plan:
-        return plan(n, c, s, itemsize, reads, arrays, self._threads(), signs.size > 0)
+    def _cut(self, n: int, c: int, s: int, itemsize: int, arrays: int, signs: Array = NO_SIGNS) -> Plan:
+        return plan(n, c, s, itemsize, arrays, self._threads(), signs.size > 0)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""
@@ -60,7 +60,7 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        cut = self._cut(n, c, s, x.itemsize, 1, 1)
+        cut = self._cut(n, c, s, x.itemsize, 1)
         none, stats = EMPTY[x.dtype], np.empty((2, c))
         self._kernel_of(x.dtype)(
             *(False, True, False, *cut, n, c, s, True, 0.0, 1.0, x, none, none, none, none, none, none, NO_SIGNS),
@@ -96,7 +96,7 @@ class Operations:
         affine: Array,
     ) -> None:
         """Training: the batch's statistics, then the output."""
-        cut = self._cut(n, c, s, x.itemsize, 1, 3 if residual.size else 2, signs)
+        cut = self._cut(n, c, s, x.itemsize, 3 if residual.size else 2, signs)
         affine[1] = weight if weight.size else 1.0
         affine[2] = bias if bias.size else 0.0
         none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
@@ -109,7 +109,7 @@ class Operations:
         self, x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        cut = self._cut(n, c, s, x.itemsize, 0, 3 if residual.size else 2, signs)
+        cut = self._cut(n, c, s, x.itemsize, 3 if residual.size else 2, signs)
         none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(False, False, True, *cut, n, c, s, True, 0.0, slope, x, residual, none, y, none, none, coef, signs),
@@ -134,7 +134,7 @@ class Operations:
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        cut = self._cut(n, c, s, x.itemsize, 2, 4 if dresidual.size else 3, signs)
+        cut = self._cut(n, c, s, x.itemsize, 4 if dresidual.size else 3, signs)
         grads = np.empty((4, c))
         none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
@@ -158,7 +158,7 @@ class Operations:
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        cut = self._cut(n, c, s, x.itemsize, 2, 2, signs)
+        cut = self._cut(n, c, s, x.itemsize, 2, signs)
         none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(True, True, False, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, none, none, coef, signs),
@@ -181,7 +181,7 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        cut = self._cut(n, c, s, x.itemsize, 0, 4 if dresidual.size else 3, signs)
+        cut = self._cut(n, c, s, x.itemsize, 4 if dresidual.size else 3, signs)
         none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
             *(True, False, True, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs),

@@ -13,10 +13,9 @@ C. Where such tasks would leave threads idle (few channels) the work is *split*:
 D. Output that will not be found in cache again is *streamed* past it, so that a line need not be read before it is
    written, where that pays: always on AMD (Zen 5, 2 threads, inference of 32x64x112x112: 1.0 copies against 1.5), with
    many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96).
-E. Meanwhile what comes next is *prefetched*: in rows the next channel, in slabs the next sample (Zen 3, 2 threads:
-   inference of 32x512x28x28 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112 6.5 to 5.9; backward 13.4 to 12.0
-   and 13.2 to 12.4). Within the cache it costs (8x64x56x56, backward: 8.3 to 9.0), and where the next channel is often
-   another thread's (32x3x224x224, training: 1.4 to 1.9 ms).
+E. Where output is all there is to do, what comes next is *prefetched* meanwhile: in rows the next channel, in slabs the
+   next sample (Zen 3, 2 threads, inference of 32x512x28x28: 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112:
+   6.5 to 5.9). After a reduction it is in the cache, but for a residual, and within the cache prefetching only costs.
 """
 
 from __future__ import annotations
@@ -34,8 +33,10 @@ BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain s
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
 SHORT = 512  # values: rows shorter than this one are worked on in slabs
-SLAB = 1536  # values that a slab is wide at most
-AHEAD = 2048  # values by which memory in one piece is prefetched; 1024 gains less for statistics
+SLAB = 800  # values that a slab is wide at most
+STREAMS = 4  # long rows read at a time
+AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
+COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched; 1024 gains less for statistics
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 128  # values that a folded row should have at least
@@ -59,8 +60,8 @@ class Plan(NamedTuple):
 
 
 @lru_cache(4096)
-def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads: int, signs: bool = False) -> Plan:
-    """Cut the work on (n, c, s) values for so many threads: sums over `reads` tensors, if any, output over `arrays`.
+def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool = False) -> Plan:
+    """Cut the work on (n, c, s) values of so many arrays for so many threads.
 
     With `signs`, slabs are those of `sign_words`, however many threads there are.
     """
@@ -72,15 +73,15 @@ def plan(n: int, c: int, s: int, itemsize: int, reads: int, arrays: int, threads
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
-        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), AHEAD if beyond_cache else 0)
-    blocks = n * (s // BLOCK) if s > BLOCK else -(-n // (BLOCK // s))
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), COLUMN_AHEAD if beyond_cache else 0)
+    blocks = -(-n // _height(s)) * max(1, s // BLOCK)
     widest = _widest(c, s)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
     split = tasks / (-(-tasks // threads) * threads) < 0.7
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
-    ahead = (s if s >= SHORT else c * s) if beyond_cache and not (reads and c < 8 * threads) else 0
+    ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
     return Plan(threads, split, streaming, run, 0, 0, 0, blocks, ahead)
 
 
@@ -88,6 +89,13 @@ def _folded_row(pixel: int) -> int:
     """Width of a row of the column nest: whole pixels, whole vectors where that is cheap, at least `COLUMNS`."""
     vectors = pixel * LANES // gcd(pixel, LANES)
     return pixel if vectors > LONGEST_FOLD else vectors * -(-COLUMNS // vectors)
+
+
+def _height(s: int) -> int:
+    """Rows of a block: in long ones whole groups of streams."""
+    if s < SHORT:
+        return BLOCK // s
+    return -(-(BLOCK // s) // STREAMS) * STREAMS if s < BLOCK else STREAMS
 
 
 def _widest(c: int, s: int) -> int:

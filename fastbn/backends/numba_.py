@@ -16,9 +16,10 @@ E. A row's last, partial vector overlaps the one before it, and is loaded before
 F. Streamed output goes in whole lines; what lies before the first and behind the last of a row is stored by lanes. A
    stage in L1, which would let rows share lines, was tried: 1.25 copies for inference where this costs 1.0, because
    reads and writes no longer overlap.
-G. Statistics of long rows prefetch `AHEAD` values of their channel, across rows (32x64x112x112: 0.66 to 0.50 copies).
-   In slabs, where `STREAMS` rows are read at a time, prefetching only costs (32x2048x7x7, backward: 3.7 copies
-   without, 5.7 with what comes next, 6.0 with the next row too).
+G. Several rows are read at a time: one stream after the other leaves memory idle. Of long rows it is `STREAMS`, and
+   what is `AHEAD` of them in their channel is prefetched (32x256x56x56, Zen 3, statistics: 0.79 copies in one stream,
+   0.60 in four; sums of gradients: 1.56 and 1.17). In slabs it is `SLAB_STREAMS`, and prefetching only costs
+   (32x2048x7x7, backward: 3.7 copies without, 5.7 with what comes next, 6.0 with the next row too).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
 I. After a reduction, output goes backwards: what was read last is still in the third-level cache.
@@ -48,7 +49,7 @@ from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, make_job, parts_of
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB
+from fastbn.backends._plan import AHEAD, BLOCK, COLUMN_AHEAD, LANES, LONGEST_FOLD, SHORT, SLAB, STREAMS
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -101,12 +102,12 @@ FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
 CHUNK = 512  # columns whose sums stay in L1
 DEPTH = 8  # rows whose sums stay in registers, in the column nest
-STREAMS = 8  # rows of one array or two read at a time in slabs (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
+SLAB_STREAMS = 8  # rows of one array or two read at a time in slabs (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
 SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
 ROW_COEF = 6 * LANES
-WIDEST = SLAB + LANES  # room for the sums of a slab or a chunk
+WIDEST = max(SLAB, 2 * CHUNK) + LANES  # room for the sums of a slab or a chunk
 
 inner = functools.partial(njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 loop = inner(forceinline=False)  # said, because a function inherits the options of its first caller
@@ -223,14 +224,28 @@ def gradient(dy, x, training, scale, mean, a, b):
 
 
 @point
-def block_of(b, n, s):
-    """(first, rows, column, length) of block b. The last one of a row takes the rest: none is shorter than a vector."""
-    if s > BLOCK:
-        pieces = s // BLOCK
-        column = b % pieces * BLOCK
-        return b // pieces, 1, column, (BLOCK if b % pieces < pieces - 1 else s - column)
-    rows = BLOCK // s
-    return b * rows, min(rows, n - b * rows), 0, s
+def height_of(s):
+    """Rows of a block whose rows are reduced: whole groups of streams."""
+    if s < SHORT:
+        return BLOCK // s
+    return (BLOCK // s + STREAMS - 1) // STREAMS * STREAMS if s < BLOCK else STREAMS
+
+
+@point
+def pieces_of(s):
+    """Pieces of a row: a long one is cut."""
+    return max(1, s // BLOCK)
+
+
+@point
+def block_of(b, n, s, height):
+    """(first, rows, column, length) of block b, of so many rows.
+
+    The last piece of a row takes the rest: none is shorter than a vector.
+    """
+    pieces = pieces_of(s)
+    first, p = b // pieces * height, b % pieces
+    return first, min(height, n - first), p * BLOCK, (BLOCK if p < pieces - 1 else s - p * BLOCK)
 
 
 @point
@@ -240,91 +255,128 @@ def shift_of(x, i):
 
 
 @point
-def ahead_in(length, stride):
-    """(before, turn, after): how far away value i of a row has the one that is AHEAD of it in its channel.
+def ahead_in(job, row, column, length):
+    """(turn, after): how far away value i of a row has what is AHEAD of it in its channel.
 
-    It is `before` where ``i < turn``, and `after` elsewhere; rows of the channel lie `stride` apart.
+    It is AHEAD where ``i < turn``, and `after` elsewhere; rows are read STREAMS at a time, from `row` on.
     """
-    skip, rest = AHEAD // length, AHEAD % length
-    before = skip * stride + rest
-    return before, length - rest, before + stride - length
+    if column + length < job.s:
+        return length, AHEAD
+    after = STREAMS * job.channels * job.s - job.s + AHEAD
+    return length - AHEAD, (after if row + STREAMS < job.n else 0)
+
+
+@point
+def row_moments(job, start, row, streams, first, column, length, around, s1, s2):
+    """Add so many rows at a time, from `row` on, to the sums of x - around and of its square."""
+    x, stride, zero, one = job.x, job.channels * job.s, splat(0.0), ones()
+    begin, whole = start + row * stride, length - length % LANES
+    turn, after = ahead_in(job, first + row, column, length)
+    i = 0
+    for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
+        while i < stop:
+            at = begin + i
+            for _ in range(streams):
+                prefetch(x, at + ahead)
+                d = widen(load(x, at)) - around
+                s1 = fma(d, one, s1)
+                s2 = fma(d, d, s2)
+                at += stride
+            i += LANES
+    if i < length:
+        tail, at = last(length - i), begin + length - LANES
+        for _ in range(streams):
+            d = where(tail, widen(load(x, at)) - around, zero)
+            s1 = fma(d, one, s1)
+            s2 = fma(d, d, s2)
+            at += stride
+    return s1, s2
 
 
 @loop
 def block_moments(job, c, b):
     """Mean and m2 of block b of channel c (design, C)."""
     noinline()
-    first, rows, column, length = block_of(b, job.n, job.s)
-    x, stride = job.x, job.channels * job.s
-    before, turn, after = ahead_in(length, stride)
-    start = first * stride + c * job.s + column
-    shift = shift_of(x, start)
-    around, zero, one = splat(shift), splat(0.0), ones()
-    s1, s2 = zero, zero
-    rest = length % LANES
-    tail = last(rest)
-    for r in range(rows):
-        at = start + r * stride
-        i = 0
-        for end, ahead in ((min(turn, length - LANES + 1), before), (length - LANES + 1, after)):
-            while i < end:
-                prefetch(x, at + i + ahead)
-                d = widen(load(x, at + i)) - around
-                s1 = fma(d, one, s1)
-                s2 = fma(d, d, s2)
-                i += LANES
-        if rest:
-            d = where(tail, widen(load(x, at + length - LANES)) - around, zero)
-            s1 = fma(d, one, s1)
-            s2 = fma(d, d, s2)
+    first, rows, column, length = block_of(b, job.n, job.s, height_of(job.s))
+    start = first * job.channels * job.s + c * job.s + column
+    shift = shift_of(job.x, start)
+    around, s1, s2 = splat(shift), splat(0.0), splat(0.0)
+    row, four, single = 0, np.intp(STREAMS), np.intp(1)  # known when this is compiled: loops over rows are unrolled
+    while row + STREAMS <= rows:
+        s1, s2 = row_moments(job, start, row, four, first, column, length, around, s1, s2)
+        row += STREAMS
+    while row < rows:
+        s1, s2 = row_moments(job, start, row, single, first, column, length, around, s1, s2)
+        row += 1
     return moments_of(shift, rows * length, total(s1), total(s2))
+
+
+@point
+def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
+    """Add so many rows at a time, from `row` on, to the sums of gated dy and of dy * (x - MEAN)."""
+    x, dy, slope, signs, one = job.x, job.dy, job.slope, job.signs, ones()
+    high, scale, low, around = coef
+    again = alias(x)  # values become float64 as they are loaded (design, J)
+    stride, words = job.channels * job.s, (job.s + LANES - 1) // LANES
+    begin, word = row * stride + c * job.s + column, (row * job.channels + c) * words + column // LANES
+    next_words, whole = job.channels * words, length - length % LANES
+    turn, after = ahead_in(job, row, column, length)
+    i = 0
+    for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
+        if slope == 1.0:
+            while i < stop:
+                at = begin + i
+                for _ in range(streams):
+                    prefetch(x, at + ahead)
+                    prefetch(dy, at + ahead)
+                    g = widen(load(dy, at))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(load(x, at)) - around, dot)
+                    at += stride
+                i += LANES
+        else:
+            while i < stop:
+                at, sign = begin + i, word + i // LANES
+                for _ in range(streams):
+                    prefetch(x, at + ahead)
+                    prefetch(dy, at + ahead)
+                    g = widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, sign))
+                    sum_dy = fma(g, one, sum_dy)
+                    dot = fma(g, widen(load(again, at)) - around, dot)
+                    at += stride
+                    sign += next_words
+                i += LANES
+    if i < length:
+        tail, at, sign = last(length - i), begin + length - LANES, word + i // LANES
+        for _ in range(streams):
+            value, g = load(x, at), load(dy, at)
+            if slope != 1.0:
+                g = gated(g, value, high, scale, low, slope, signs, sign)
+            g = widen(where(tail, g, like(g, 0.0)))
+            sum_dy = fma(g, one, sum_dy)
+            dot = fma(g, widen(value) - around, dot)
+            at += stride
+            sign += next_words
+    return sum_dy, dot
 
 
 @loop
 def block_gradients(job, c, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
     noinline()
-    first, rows, column, length = block_of(b, job.n, job.s)
-    x, dy, coef, slope, signs = job.x, job.dy, job.coef, job.slope, job.signs
-    channels, s = job.channels, job.s
-    stride = channels * s
-    before, turn, after = ahead_in(length, stride)
-    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
-    low, around = splat(coef[LOW * channels + c]), widen(splat(coef[MEAN * channels + c]))
-    sum_dy, dot, one = splat(0.0), splat(0.0), ones()
-    again = alias(x)  # values become float64 as they are loaded (design, J)
-    words = (s + LANES - 1) // LANES
-    rest = length % LANES
-    tail = last(rest)
-    for row in range(first, first + rows):
-        word = (row * channels + c) * words + column // LANES
-        at = row * stride + c * s + column
-        i = 0
-        for end, ahead in ((min(turn, length - LANES + 1), before), (length - LANES + 1, after)):
-            if slope == 1.0:
-                while i < end:
-                    prefetch(x, at + i + ahead)
-                    prefetch(dy, at + i + ahead)
-                    g = widen(load(dy, at + i))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(x, at + i)) - around, dot)
-                    i += LANES
-            else:
-                while i < end:
-                    prefetch(x, at + i + ahead)
-                    prefetch(dy, at + i + ahead)
-                    value = load(x, at + i)
-                    g = widen(gated(load(dy, at + i), value, high, scale, low, slope, signs, word + i // LANES))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(again, at + i)) - around, dot)
-                    i += LANES
-        if rest:
-            value, g = load(x, at + length - LANES), load(dy, at + length - LANES)
-            if slope != 1.0:
-                g = gated(g, value, high, scale, low, slope, signs, word + length // LANES)
-            g = widen(where(tail, g, like(g, 0.0)))
-            sum_dy = fma(g, one, sum_dy)
-            dot = fma(g, widen(value) - around, dot)
+    first, rows, column, length = block_of(b, job.n, job.s, height_of(job.s))
+    channels, coef, sum_dy, dot = job.channels, job.coef, splat(0.0), splat(0.0)
+    coefs = (
+        splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c]), splat(coef[LOW * channels + c]),
+        widen(splat(coef[MEAN * channels + c])),
+    )  # fmt: skip
+    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
+    while row + STREAMS <= end:
+        sum_dy, dot = row_gradients(job, c, row, four, column, length, coefs, sum_dy, dot)
+        row += STREAMS
+    while row < end:
+        sum_dy, dot = row_gradients(job, c, row, single, column, length, coefs, sum_dy, dot)
+        row += 1
     return total(sum_dy), total(dot)
 
 
@@ -354,18 +406,20 @@ def sum_moments(job, at, stride, rows, width, shift, depth, ahead, s1, s2):
     noinline()
     x, zero, one = job.x, splat(0.0), ones()
     for row in range(0, rows, depth):
-        end = at + min(row + depth, rows) * stride
+        streams = min(depth, rows - row)
         for j in range(0, width, LANES):
             k = first_of(j, width)
             around = widen(load(shift, k))
             around = where(finite(around), around, zero)
             sum1, sum2 = (load(s1, j), load(s2, j)) if row else (zero, zero)
-            for i in range(at + row * stride + k, end, stride):
+            i = at + row * stride + k
+            for _ in range(streams):
                 if ahead:
                     prefetch(x, i + ahead)
                 d = widen(load(x, i)) - around
                 sum1 = fma(d, one, sum1)
                 sum2 = fma(d, d, sum2)
+                i += stride
             store(s1, j, sum1)
             store(s2, j, sum2)
     settle(s1, width)
@@ -379,23 +433,25 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth,
     x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
     again = alias(x)  # values become float64 as they are loaded (design, J)
     for row in range(0, rows, depth):
-        end = at + min(row + depth, rows) * stride
+        streams = min(depth, rows - row)
         for j in range(0, width, LANES):
             k = first_of(j, width)
+            i = at + row * stride + k
             around = widen(load(coef, MEAN * pitch + k))
             sum_dy, dot = (load(s1, j), load(s2, j)) if row else (zero, zero)
             if slope == 1.0:
-                for i in range(at + row * stride + k, end, stride):
+                for _ in range(streams):
                     if ahead:
                         prefetch(x, i + ahead)
                         prefetch(dy, i + ahead)
                     g = widen(load(dy, i))
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(x, i)) - around, dot)
+                    i += stride
             else:
                 high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
                 low, sign = load(coef, LOW * pitch + k), word + row * words + j // LANES
-                for i in range(at + row * stride + k, end, stride):
+                for _ in range(streams):
                     if ahead:
                         prefetch(x, i + ahead)
                         prefetch(dy, i + ahead)
@@ -403,6 +459,7 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth,
                     g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, sign))
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(again, i)) - around, dot)
+                    i += stride
                     sign += words
             store(s1, j, sum_dy)
             store(s2, j, dot)
@@ -431,8 +488,11 @@ def output_column(x, added, coef, pitch, j, slope, signs, word):
 
 
 @point
-def apply_columns(job, at, width, coef, pitch, step, word, ahead, kind):
-    """Output of a row (design, E and F). `kind` is known when this is compiled: loops need not ask for what is not."""
+def apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, kind):
+    """Output of a row (design, E and F). `kind` is known when this is compiled: loops need not ask for what is not.
+
+    What lies `ahead` in x and `beyond` in the residual is prefetched.
+    """
     x, y, slope = job.x, job.y, 1.0 if kind == PLAIN else job.slope
     residual, signs = given(job.residual, kind == ANY), given(job.signs, kind == ANY)
     zero, end = like(load(coef, 0), 0.0), width - LANES
@@ -447,6 +507,8 @@ def apply_columns(job, at, width, coef, pitch, step, word, ahead, kind):
     while i <= end:
         if ahead:
             prefetch(x, at + i + ahead)
+        if present(residual) and beyond:
+            prefetch(residual, at + i + beyond)
         added = load(residual, at + i) if present(residual) else zero
         z = output_column(load(x, at + i), added, coef, pitch, i * step, slope, signs, word + i // LANES)
         put(y, at + i, z, streaming)
@@ -457,62 +519,79 @@ def apply_columns(job, at, width, coef, pitch, step, word, ahead, kind):
 
 
 @point
-def gradient_column(g, x, coef, pitch, j, slope, signs, word, training):
-    """Gated dy and dx of the vector at column j."""
+def gradient_column(dy, x, coef, pitch, j, slope, signs, word, training):
+    """dx of the vector at column j."""
     high, scale = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j)
     low, mean = load(coef, LOW * pitch + j), load(coef, MEAN * pitch + j)
     a, b = load(coef, A * pitch + j), load(coef, B * pitch + j)
     if slope != 1.0:
-        g = gated(g, x, high, scale, low, slope, signs, word)
-    return g, gradient(g, x, training, scale, mean, a, b)
+        dy = gated(dy, x, high, scale, low, slope, signs, word)
+    return gradient(dy, x, training, scale, mean, a, b)
 
 
 @point
 def gradient_columns(job, at, width, coef, pitch, step, word, ahead, kind):
-    """dx, and dresidual if wanted, of a row."""
+    """dx of a row."""
     x, dy, dx, slope = job.x, job.dy, job.dx, 1.0 if kind == PLAIN else job.slope
-    dresidual, signs = given(job.dresidual, kind == ANY), given(job.signs, kind == ANY)
-    training, end = job.training if kind == ANY else True, width - LANES
+    signs, training, end = given(job.signs, kind == ANY), job.training if kind == ANY else True, width - LANES
     i = to_line(dx, at) if job.streaming else 0
     streaming = job.streaming and not (present(signs) and i > 0)
-    if present(dresidual):
-        streaming = streaming and to_line(dresidual, at) == i
     i = i if streaming else 0
     last_x, last_dy = load(x, at + end), load(dy, at + end)
     if i:
-        g, d = gradient_column(load(dy, at), load(x, at), coef, pitch, 0, slope, signs, word, training)
+        d = gradient_column(load(dy, at), load(x, at), coef, pitch, 0, slope, signs, word, training)
         store_where(dx, at, foremost(i), d)
-        if present(dresidual):
-            store_where(dresidual, at, foremost(i), g)
     while i <= end:
         if ahead:
             prefetch(x, at + i + ahead)
             prefetch(dy, at + i + ahead)
         value, g = load(x, at + i), load(dy, at + i)
-        g, d = gradient_column(g, value, coef, pitch, i * step, slope, signs, word + i // LANES, training)
+        d = gradient_column(g, value, coef, pitch, i * step, slope, signs, word + i // LANES, training)
         put(dx, at + i, d, streaming)
-        if present(dresidual):
-            put(dresidual, at + i, g, streaming)
         i += LANES
     if i < width:
-        g, d = gradient_column(last_dy, last_x, coef, pitch, end * step, slope, signs, word + i // LANES, training)
+        d = gradient_column(last_dy, last_x, coef, pitch, end * step, slope, signs, word + i // LANES, training)
         finish_row(dx, at + end, width - i, d, streaming)
-        if present(dresidual):
-            finish_row(dresidual, at + end, width - i, g, streaming)
+
+
+@point
+def residual_columns(job, at, width, word):
+    """dresidual of a row: the gated dy, whose signs are there if it has an activation.
+
+    A pass of its own: where two outputs are streamed line by line, and lie as far apart as neighbouring lines but for
+    whole pages, they cost up to 6 copies (32x256x56x56; their distance is the allocator's), and 1.9 row by row.
+    """
+    dy, dresidual, signs, slope = job.dy, job.dresidual, job.signs, job.slope
+    i, end = (to_line(dresidual, at) if job.streaming else 0), width - LANES
+    streaming = job.streaming and not (present(signs) and i > 0)
+    i = i if streaming else 0
+    last_dy = load(dy, at + end)
+    if i:
+        store_where(dresidual, at, foremost(i), load(dy, at))
+    while i <= end:
+        g = load(dy, at + i)
+        put(dresidual, at + i, activated(g, mask_of(signs[word + i // LANES]), slope) if present(signs) else g, streaming)
+        i += LANES
+    if i < width:
+        g = activated(last_dy, mask_of(signs[word + i // LANES]), slope) if present(signs) else last_dy
+        finish_row(dresidual, at + end, width - i, g, streaming)
 
 
 @loop
 def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahead, backward):
     """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched."""
     noinline()
-    simple = not (present(job.signs) or present(job.residual) or present(job.dresidual)) and job.training
+    simple = not (present(job.signs) or present(job.residual)) and job.training
     plain, activated = simple and job.slope == 1.0, simple and job.slope != 1.0
+    beyond = ahead if ahead or not job.ahead else stride  # after a reduction only the residual is out of the cache
     out = job.dx if backward else job.y
     for r in range(rows):
         if job.streaming:  # a store that waits for its line holds up all behind it
             prefetch_part(out, at + width)
             if r + 1 < rows:
                 prefetch_part(out, at + stride)
+        if backward and present(job.dresidual):  # first: dx may lie over dy
+            residual_columns(job, at, width, word)
         if backward and plain:
             gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(PLAIN))
         elif backward and activated:
@@ -520,29 +599,31 @@ def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahe
         elif backward:
             gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ANY))
         elif plain:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(PLAIN))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, 0, np.intp(PLAIN))
         elif activated:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ACTIVATED))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, 0, np.intp(ACTIVATED))
         else:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ANY))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, np.intp(ANY))
         at += stride
         word += words
 
 
 @loop
-def apply_block(job, c0, c1, first, rows, column, length, backward):
-    """Output, or dx and dresidual, of a block of channels c0 to c1, whose coefficients are the same in every column."""
+def apply_block(job, c0, c1, first, rows, column, length, backward, fused):
+    """Output, or dx and dresidual, of a block of channels c0 to c1, whose coefficients are the same in every column.
+
+    After their reduction from the last row to the first (design, I).
+    """
     noinline()
-    channels, s = job.channels, job.s
-    words = (s + LANES - 1) // LANES
+    channels, s, words = job.channels, job.s, (job.s + LANES - 1) // LANES
+    first, on, ahead = (first + rows - 1, -channels, 0) if fused else (first, channels, job.ahead)
     coef = scratch(job.coef, ROW_COEF)
     for c in range(c0, c1):
         for r in range(B + 1 if backward else LOW + 1):
             store(coef, r * LANES, splat(job.coef[r * channels + c]))
         at = (first * channels + c) * s + column
         word = (first * channels + c) * words + column // LANES
-        stride, words_apart = channels * s, channels * words
-        apart(apply_rows, (job, at, stride, rows, length, coef, LANES, 0, word, words_apart, job.ahead, backward))
+        apart(apply_rows, (job, at, on * s, rows, length, coef, LANES, 0, word, on * words, ahead, backward))
 
 
 # --- slabs --------------------------------------------------------------------------------------------------------
@@ -585,13 +666,13 @@ def total_of(sums, j, length):
 def slab_moments(job, c0, c1, b):
     """Mean and m2 of block b of channels c0 to c1, into `part`."""
     noinline()
-    first, rows, _, s = block_of(b, job.n, job.s)
+    first, rows, _, s = block_of(b, job.n, job.s, height_of(job.s))
     at, stride, width, _, _ = slab_of(job, c0, c1, first)
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
     for c in range(c1 - c0):
         repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
-    apart(sum_moments, (job, at, stride, rows, width, shifts, STREAMS, 0, s1, s2))
+    apart(sum_moments, (job, at, stride, rows, width, shifts, SLAB_STREAMS, 0, s1, s2))
     for c in range(c1 - c0):
         sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
         part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
@@ -609,24 +690,25 @@ def slab_coef(job, c0, c1, coef, first, end):
 def slab_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channels c0 to c1, into `part`."""
     noinline()
-    first, rows, _, s = block_of(b, job.n, job.s)
+    first, rows, _, s = block_of(b, job.n, job.s, height_of(job.s))
     at, stride, width, word, words = slab_of(job, c0, c1, first)
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
     slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
-    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, STREAMS // 2, 0, s1, s2))
+    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, SLAB_STREAMS // 2, 0, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
 
 
 @loop
-def apply_slab(job, c0, c1, first, rows, ahead, backward):
-    """Output, or dx and dresidual, of channels c0 to c1 in so many samples."""
+def apply_slab(job, c0, c1, first, rows, backward, fused):
+    """Output, or dx and dresidual, of channels c0 to c1 in so many samples: after their reduction the last first."""
     noinline()
+    first, on, ahead = (first + rows - 1, -1, 0) if fused else (first, 1, job.ahead)
     at, stride, width, word, words = slab_of(job, c0, c1, first)
     coef = scratch(job.coef, SLAB_COEF)
     slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
-    apart(apply_rows, (job, at, stride, rows, width, coef, SLAB, 1, word, words, ahead, backward))
+    apart(apply_rows, (job, at, on * stride, rows, width, coef, SLAB, 1, word, on * words, ahead, backward))
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
@@ -657,7 +739,7 @@ def column_moments(job, t):
     first, rows, j0, width, part = chunk_of(job, t)
     columns, at = job.columns, first * job.columns + j0
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    apart(sum_moments, (job, at, columns, rows, width, ahead_of(job.x, at), DEPTH, AHEAD, s1, s2))
+    apart(sum_moments, (job, at, columns, rows, width, ahead_of(job.x, at), DEPTH, COLUMN_AHEAD, s1, s2))
     for j in range(width):
         part[j], part[j + columns] = moments_of(shift_of(job.x, at + j), rows, s1[j], s2[j])
 
@@ -670,7 +752,7 @@ def column_gradients(job, t):
     columns, words = job.columns, (job.columns + LANES - 1) // LANES
     at, word, coef = first * columns + j0, first * words + j0 // LANES, ahead_of(job.coef, j0)
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, DEPTH, AHEAD, s1, s2))
+    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, DEPTH, COLUMN_AHEAD, s1, s2))
     for j in range(width):
         part[j], part[j + columns] = s1[j], s2[j]
 
@@ -724,7 +806,7 @@ def size_of(job, b):
     """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
     if job.columns:
         return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
-    _, height, _, length = block_of(b, job.n, job.s)
+    _, height, _, length = block_of(b, job.n, job.s, height_of(job.s))
     return height * length
 
 
@@ -780,9 +862,9 @@ def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
     """Output, or dx and dresidual, of a block of channels c0 to c1."""
     noinline()
     if job.s < SHORT:
-        apart(apply_slab, (job, c0, c1, first, rows, 0 if fused else job.ahead, backward))
+        apart(apply_slab, (job, c0, c1, first, rows, backward, fused))
     else:
-        apart(apply_block, (job, c0, c1, first, rows, column, length, backward))
+        apart(apply_block, (job, c0, c1, first, rows, column, length, backward, fused))
 
 
 @point
@@ -798,7 +880,7 @@ def run_at_once(job, t, backward):
         else:
             round_affine(job, c, job.channels, c)
     for b in range(job.blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
-        first, height, column, length = block_of(b, job.n, job.s)
+        first, height, column, length = block_of(b, job.n, job.s, height_of(job.s))
         apart(apply_run, (job, c0, c1, first, height, column, length, backward, True))
 
 
@@ -818,14 +900,9 @@ def task(job, backward, phase, t):
         c0, c1 = run_of(job, t // job.blocks, job.run)
         apart(reduce_run, (job, c0, c1, t % job.blocks, backward))
     elif phase == APPLY:
-        runs = runs_of(job, spread_of(job))
-        b = t // runs  # in the order of memory
+        runs = runs_of(job, spread_of(job))  # in the order of memory
         c0, c1 = run_of(job, t % runs, spread_of(job))
-        if job.s > BLOCK:
-            first, height, column, length = block_of(b, job.n, job.s)
-        else:
-            first, column, length = b * group_of_rows(job), 0, job.s
-            height = min(group_of_rows(job), job.n - first)
+        first, height, column, length = block_of(t // runs, job.n, job.s, group_of_rows(job))
         apart(apply_run, (job, c0, c1, first, height, column, length, backward, False))
     elif phase == APPLY_COLUMNS:
         apart(apply_group, (job, t, backward))
@@ -844,8 +921,8 @@ def tasks_of(job, phase):
     if phase == REDUCE:
         tasks *= job.blocks
     elif phase == APPLY:
-        tasks = runs_of(job, spread_of(job))
-        tasks *= job.blocks if job.s > BLOCK else (job.n + group_of_rows(job) - 1) // group_of_rows(job)
+        groups = (job.n + group_of_rows(job) - 1) // group_of_rows(job)
+        tasks = groups * pieces_of(job.s) * runs_of(job, spread_of(job))
     elif phase == REDUCE_COLUMNS:
         tasks = job.blocks * chunks_of(job.columns)
     elif phase == APPLY_COLUMNS:
