@@ -11,13 +11,13 @@
 #define point static inline __attribute__((always_inline))
 #define prefetch(address) __builtin_prefetch(address, 0, 2)
 
-enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS };           /* phases */
-enum { HIGH, SCALE, LOW, MEAN, A, B };                                  /* rows of `coef` */
-enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x alone, behind an activation, with a residual, with both, any */
-enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, COLUMN_AHEAD = 2048, STREAMS = 4 };
-enum { CHUNK = 512, GROUP = 1 << 14, LONGEST_FOLD = 1 << 10, DEPTH = 8 };                /* column nest */
-enum { SHORT = 512, SLAB = 800, SLAB_COEF = 6 * SLAB, SLAB_STREAMS = 8, SAMPLES = 16 };      /* slabs */
-enum { MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES };                                  /* sums of a slab or a chunk */
+enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
+enum { HIGH, SCALE, LOW, MEAN, A, B };                        /* rows of `coef` */
+enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x, with activation, residual, both; or any */
+enum { LINE = 64, BLOCK = 1 << 14, SHORT = 512, AHEAD = 128, STREAMS = 4 };    /* row nest */
+enum { SLAB = 1600, SLAB_COEF = 6 * SLAB, SAMPLES = 16 };                      /* slabs */
+enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
+enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
@@ -45,6 +45,7 @@ typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
 typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
 typedef struct { Index turn, after; } Ahead;
+typedef struct { Index first, apart, rows; } Bundle; /* rows that are read at a time */
 typedef struct { Index at, stride, width, word, words; } Slab; /* its rows and their signs: begin, distance */
 typedef struct { Index first, rows, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
@@ -99,6 +100,14 @@ point Slab slab_of(const Job *job, Run run, Index first, Index lanes) {
     const Index words = runs_of(job, job->run) * slab;
     const Index at = first * stride + run.c0 * s, word = first * words + run.c0 / job->run * slab;
     return (Slab){at, stride, (run.c1 - run.c0) * s, word, words};
+}
+
+/* Rows are read so many at a time, a bundle, each from a stream of its own: bundle b has row b of every stream, which are
+   equal parts of all rows. What is left over is the last bundle. */
+point Index bundles_of(Index rows, Index streams) { return (rows + streams - 1) / streams; }
+point Bundle bundle_at(Index b, Index rows, Index streams) {
+    const Index whole = rows / streams;
+    return b < whole ? (Bundle){b, whole, streams} : (Bundle){whole * streams, 1, rows - whole * streams};
 }
 
 point Index chunks_of(Index columns) { return max(1, columns / CHUNK); }

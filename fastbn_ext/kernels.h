@@ -167,17 +167,17 @@ static void NAME(settle)(double *sums, Index width) {
 }
 
 /* Sums of x - shift and of its square for every column. */
-static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *shift,
-                              Index depth, Index ahead, double *s1, double *s2) {
+static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *shift, double *s1,
+                              double *s2) {
     const W zero = NAME(splat_wide)(0), one = NAME(ones)();
-    for (Index row = 0; row < rows; row += depth)
+    for (Index b = 0; b < bundles_of(rows, COLUMN_STREAMS); b++) {
+        const Bundle rs = bundle_at(b, rows, COLUMN_STREAMS);
         for (Index j = 0; j < width; j += LANES) {
             const Index k = min(j, width - LANES); /* the last vector overlaps the one before it */
-            const REAL *x = (const REAL *)job->x + at + row * stride + k;
+            const REAL *x = (const REAL *)job->x + at + rs.first * stride + k;
             const W around = NAME(widen)(NAME(finite)(NAME(load)(shift + k)));
-            W sum1 = row ? NAME(load_wide)(s1 + j) : zero, sum2 = row ? NAME(load_wide)(s2 + j) : zero;
-            for (Index r = row; r < min(row + depth, rows); r++, x += stride) {
-                if (ahead) prefetch(x + ahead);
+            W sum1 = b ? NAME(load_wide)(s1 + j) : zero, sum2 = b ? NAME(load_wide)(s2 + j) : zero;
+            for (Index r = 0; r < rs.rows; r++, x += rs.apart * stride) {
                 W d = NAME(minus)(NAME(load_widened)(x), around);
                 sum1 = NAME(added)(sum1, d, one);
                 sum2 = NAME(fused)(d, d, sum2);
@@ -185,27 +185,25 @@ static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows
             NAME(store_wide)(s1 + j, sum1);
             NAME(store_wide)(s2 + j, sum2);
         }
+    }
     NAME(settle)(s1, width);
     NAME(settle)(s2, width);
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`. */
 static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
-                                Index pitch, Index word, Index words, Index depth, Index ahead, double *s1, double *s2) {
+                                Index pitch, Index word, Index words, double *s1, double *s2) {
     const W zero = NAME(splat_wide)(0), one = NAME(ones)();
     const REAL slope = job->slope;
-    for (Index row = 0; row < rows; row += depth)
+    for (Index b = 0; b < bundles_of(rows, COLUMN_STREAMS / 2); b++) {
+        const Bundle rs = bundle_at(b, rows, COLUMN_STREAMS / 2);
         for (Index j = 0; j < width; j += LANES) {
-            const Index k = min(j, width - LANES), end = min(row + depth, rows), begin = at + row * stride + k;
+            const Index k = min(j, width - LANES), begin = at + rs.first * stride + k, on = rs.apart * stride;
             const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
             const W around = NAME(load_widened)(coef + MEAN * pitch + k);
-            W sum_dy = row ? NAME(load_wide)(s1 + j) : zero, dot = row ? NAME(load_wide)(s2 + j) : zero;
+            W sum_dy = b ? NAME(load_wide)(s1 + j) : zero, dot = b ? NAME(load_wide)(s2 + j) : zero;
             if (slope == 1)
-                for (Index r = row; r < end; r++, x += stride, dy += stride) {
-                    if (ahead) {
-                        prefetch(x + ahead);
-                        prefetch(dy + ahead);
-                    }
+                for (Index r = 0; r < rs.rows; r++, x += on, dy += on) {
                     W g = NAME(load_widened)(dy);
                     sum_dy = NAME(added)(sum_dy, g, one);
                     dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
@@ -213,12 +211,8 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
             else {
                 const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
                 const V low = NAME(load)(coef + LOW * pitch + k);
-                const uint16_t *sign = job->signs ? job->signs + word + row * words + j / LANES : 0;
-                for (Index r = row; r < end; r++, x += stride, dy += stride, sign += sign ? words : 0) {
-                    if (ahead) {
-                        prefetch(x + ahead);
-                        prefetch(dy + ahead);
-                    }
+                const uint16_t *sign = job->signs ? job->signs + word + rs.first * words + j / LANES : 0;
+                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
                     W g = NAME(widen)(NAME(gated)(NAME(load)(dy), NAME(load)(x), high, scale, low, slope, sign));
                     sum_dy = NAME(added)(sum_dy, g, one);
                     dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
@@ -227,6 +221,7 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
             NAME(store_wide)(s1 + j, sum_dy);
             NAME(store_wide)(s2 + j, dot);
         }
+    }
     NAME(settle)(s1, width);
     NAME(settle)(s2, width);
 }
@@ -241,7 +236,8 @@ point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
 /* Output of a row. `kind` is known when this is compiled, and spares loops what they need not ask for. */
 point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
                                Index word, Index ahead, Index beyond, const int kind) {
-    const REAL *x = (const REAL *)job->x + at, *residual = kind >= ADDED && job->residual ? (const REAL *)job->residual + at : 0;
+    const REAL *x = (const REAL *)job->x + at;
+    const REAL *residual = kind >= ADDED && job->residual ? (const REAL *)job->residual + at : 0;
     REAL *y = (REAL *)job->y + at;
     uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word : 0;
     const REAL slope = kind == PLAIN || kind == ADDED ? 1 : job->slope;
@@ -364,8 +360,8 @@ static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, in
         const Index row = first * channels + c, word = row * words + k.column / LANES;
         for (Index r = 0; r <= (backward ? B : LOW); r++)
             NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
-        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0, word, on * words, ahead,
-                         backward);
+        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0, word, on * words,
+                         ahead, backward);
     }
 }
 
@@ -399,7 +395,7 @@ static void NAME(slab_moments)(const Job *job, Run run, Index b) {
     Index j = 0;
     do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + slab.at + j), s, shifts + j);
     while ((j += s) < width);
-    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, SLAB_STREAMS, 0, s1, s2);
+    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, s1, s2);
     for (j = 0; j < width; j += s, part++)
         moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
 }
@@ -420,7 +416,7 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
     NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
-    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, SLAB_STREAMS / 2, 0, s1, s2);
+    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
@@ -443,7 +439,7 @@ static void NAME(column_moments)(const Job *job, Index t) {
     const Index columns = job->columns, at = q.first * columns + q.column;
     const REAL *shifts = (const REAL *)job->x + at;
     double s1[WIDEST], s2[WIDEST];
-    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, DEPTH, COLUMN_AHEAD, s1, s2);
+    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, s1, s2);
     for (Index j = 0; j < q.width; j++)
         moments_of(NAME(shift_of)(shifts + j), q.rows, s1[j], s2[j], q.part + j, q.part + j + columns);
 }
@@ -455,7 +451,7 @@ static void NAME(column_gradients)(const Job *job, Index t) {
     const Index word = q.first * words + q.column / LANES;
     const REAL *coef = (const REAL *)job->coef + q.column;
     double s1[WIDEST], s2[WIDEST];
-    NAME(sum_gradients)(job, at, columns, q.rows, q.width, coef, columns, word, words, DEPTH, COLUMN_AHEAD, s1, s2);
+    NAME(sum_gradients)(job, at, columns, q.rows, q.width, coef, columns, word, words, s1, s2);
     for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
@@ -464,7 +460,8 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
     const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
     const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead, backward);
+    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead,
+                     backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */

@@ -6,7 +6,9 @@ A. Three ways through memory. *Rows*: S is long, a channel's values lie in N row
    wide, whose j-th value always belongs to channel ``j // S % C``.
 B. In the first two a task is a run of neighbouring channels, finished while it is in cache: statistics, then output. A
    run is one long row, or a slab's width (32x1280x7x7, 2 threads, when slabs took the place of rows in runs of 2 KiB:
-   training 15.3 to 8.5, backward 24.7 to 13.3 ns for 16 values on a thread).
+   training 15.3 to 8.5, backward 24.7 to 13.3 ns for 16 values on a thread). Beyond the cache it is half that width,
+   for which the second-level cache has room (32x1024x14x14, backward: 2.6 to 2.4 copies); within it that would cost
+   (32x256x13x13: 2.8 to 3.0).
 C. Where such tasks would leave threads idle (few channels) the work is *split*: statistics of all blocks, a merge in
    fixed order, then the output. Blocks depend on the shape alone and merge in the same order in both ways, so the
    results are bitwise the same for any number of threads.
@@ -33,13 +35,13 @@ BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain s
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
 SHORT = 512  # values: rows shorter than this one are worked on in slabs
-SLAB = 800  # values that a slab is wide at most
+SLAB = 1600  # values that a slab is wide at most, and half of it beyond the cache
 STREAMS = 4  # long rows read at a time
 AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
 COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched; 1024 gains less for statistics
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
-COLUMNS = 128  # values that a folded row should have at least
+COLUMNS = 256  # values that a folded row should have at least
 LONGEST_FOLD = 1024  # and at most: kernels keep one such row on the stack
 
 _NOTHING = np.empty(0)
@@ -73,9 +75,10 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
-        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), COLUMN_AHEAD if beyond_cache else 0)
+        ahead = COLUMN_AHEAD if beyond_cache else 0
+        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
     blocks = -(-n // _height(s)) * max(1, s // BLOCK)
-    widest = _widest(c, s)
+    widest = _widest(c, s, SLAB // 2 if beyond_cache and not signs else SLAB)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
     split = tasks / (-(-tasks // threads) * threads) < 0.7
@@ -98,9 +101,9 @@ def _height(s: int) -> int:
     return -(-(BLOCK // s) // STREAMS) * STREAMS if s < BLOCK else STREAMS
 
 
-def _widest(c: int, s: int) -> int:
+def _widest(c: int, s: int, slab: int = SLAB) -> int:
     """Channels of the widest run: one long row, or a slab."""
-    return min(SLAB // s, c) if s < SHORT else 1
+    return min(max(1, slab // s), c) if s < SHORT else 1
 
 
 def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:

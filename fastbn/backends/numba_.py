@@ -18,8 +18,9 @@ F. Streamed output goes in whole lines; what lies before the first and behind th
    reads and writes no longer overlap.
 G. Several rows are read at a time: one stream after the other leaves memory idle. Of long rows it is `STREAMS`, and
    what is `AHEAD` of them in their channel is prefetched (32x256x56x56, Zen 3, statistics: 0.79 copies in one stream,
-   0.60 in four; sums of gradients: 1.56 and 1.17). In slabs it is `SLAB_STREAMS`, and prefetching only costs
-   (32x2048x7x7, backward: 3.7 copies without, 5.7 with what comes next, 6.0 with the next row too).
+   0.60 in four; sums of gradients: 1.56 and 1.17). Of rows of columns it is `COLUMN_STREAMS`, far apart, and
+   prefetching only costs (56x56x64 channels last, statistics: 0.7 copies in one stream, 0.53 in eight; sums of
+   gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
 I. After a reduction, output goes backwards: what was read last is still in the third-level cache.
@@ -49,7 +50,7 @@ from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, make_job, parts_of
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import AHEAD, BLOCK, COLUMN_AHEAD, LANES, LONGEST_FOLD, SHORT, SLAB, STREAMS
+from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB, STREAMS
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -100,9 +101,8 @@ PLAIN, ACTIVATED, ANY = range(3)
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
 
-CHUNK = 512  # columns whose sums stay in L1
-DEPTH = 8  # rows whose sums stay in registers, in the column nest
-SLAB_STREAMS = 8  # rows of one array or two read at a time in slabs (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
+CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
+COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
 SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
@@ -400,26 +400,42 @@ def settle(sums, width):
         sums[j] = sums[j + LANES - rest]
 
 
+@point
+def bundles_of(rows, streams):
+    """Number of bundles: rows are read so many at a time, each from a stream of its own."""
+    return (rows + streams - 1) // streams
+
+
+@point
+def bundle_at(b, rows, streams):
+    """(first row, distance to the next, rows) of bundle b.
+
+    It has row b of every stream, which are equal parts of all rows; what is left over is the last bundle.
+    """
+    whole = rows // streams
+    if b < whole:
+        return b, whole, streams
+    return whole * streams, 1, rows - whole * streams
+
+
 @loop
-def sum_moments(job, at, stride, rows, width, shift, depth, ahead, s1, s2):
+def sum_moments(job, at, stride, rows, width, shift, s1, s2):
     """Sums of x - shift and of its square for every column."""
     noinline()
     x, zero, one = job.x, splat(0.0), ones()
-    for row in range(0, rows, depth):
-        streams = min(depth, rows - row)
+    for b in range(bundles_of(rows, COLUMN_STREAMS)):
+        first, distance, streams = bundle_at(b, rows, COLUMN_STREAMS)
         for j in range(0, width, LANES):
             k = first_of(j, width)
             around = widen(load(shift, k))
             around = where(finite(around), around, zero)
-            sum1, sum2 = (load(s1, j), load(s2, j)) if row else (zero, zero)
-            i = at + row * stride + k
+            sum1, sum2 = (load(s1, j), load(s2, j)) if b else (zero, zero)
+            i = at + first * stride + k
             for _ in range(streams):
-                if ahead:
-                    prefetch(x, i + ahead)
                 d = widen(load(x, i)) - around
                 sum1 = fma(d, one, sum1)
                 sum2 = fma(d, d, sum2)
-                i += stride
+                i += distance * stride
             store(s1, j, sum1)
             store(s2, j, sum2)
     settle(s1, width)
@@ -427,40 +443,33 @@ def sum_moments(job, at, stride, rows, width, shift, depth, ahead, s1, s2):
 
 
 @loop
-def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, depth, ahead, s1, s2):
+def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2):
     """Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`."""
     noinline()
     x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
     again = alias(x)  # values become float64 as they are loaded (design, J)
-    for row in range(0, rows, depth):
-        streams = min(depth, rows - row)
+    for b in range(bundles_of(rows, COLUMN_STREAMS // 2)):
+        first, distance, streams = bundle_at(b, rows, COLUMN_STREAMS // 2)
         for j in range(0, width, LANES):
             k = first_of(j, width)
-            i = at + row * stride + k
+            i = at + first * stride + k
             around = widen(load(coef, MEAN * pitch + k))
-            sum_dy, dot = (load(s1, j), load(s2, j)) if row else (zero, zero)
+            sum_dy, dot = (load(s1, j), load(s2, j)) if b else (zero, zero)
             if slope == 1.0:
                 for _ in range(streams):
-                    if ahead:
-                        prefetch(x, i + ahead)
-                        prefetch(dy, i + ahead)
-                    g = widen(load(dy, i))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(x, i)) - around, dot)
-                    i += stride
+                    value = widen(load(dy, i))
+                    sum_dy = fma(value, one, sum_dy)
+                    dot = fma(value, widen(load(x, i)) - around, dot)
+                    i += distance * stride
             else:
                 high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
-                low, sign = load(coef, LOW * pitch + k), word + row * words + j // LANES
+                low, sign = load(coef, LOW * pitch + k), word + first * words + j // LANES
                 for _ in range(streams):
-                    if ahead:
-                        prefetch(x, i + ahead)
-                        prefetch(dy, i + ahead)
-                    value = load(x, i)
-                    g = widen(gated(load(dy, i), value, high, scale, low, slope, signs, sign))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(again, i)) - around, dot)
-                    i += stride
-                    sign += words
+                    value = widen(gated(load(dy, i), load(x, i), high, scale, low, slope, signs, sign))
+                    sum_dy = fma(value, one, sum_dy)
+                    dot = fma(value, widen(load(again, i)) - around, dot)
+                    i += distance * stride
+                    sign += distance * words
             store(s1, j, sum_dy)
             store(s2, j, dot)
     settle(s1, width)
@@ -570,7 +579,9 @@ def residual_columns(job, at, width, word):
         store_where(dresidual, at, foremost(i), load(dy, at))
     while i <= end:
         g = load(dy, at + i)
-        put(dresidual, at + i, activated(g, mask_of(signs[word + i // LANES]), slope) if present(signs) else g, streaming)
+        if present(signs):
+            g = activated(g, mask_of(signs[word + i // LANES]), slope)
+        put(dresidual, at + i, g, streaming)
         i += LANES
     if i < width:
         g = activated(last_dy, mask_of(signs[word + i // LANES]), slope) if present(signs) else last_dy
@@ -672,7 +683,7 @@ def slab_moments(job, c0, c1, b):
     shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
     for c in range(c1 - c0):
         repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
-    apart(sum_moments, (job, at, stride, rows, width, shifts, SLAB_STREAMS, 0, s1, s2))
+    apart(sum_moments, (job, at, stride, rows, width, shifts, s1, s2))
     for c in range(c1 - c0):
         sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
         part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
@@ -695,7 +706,7 @@ def slab_gradients(job, c0, c1, b):
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
     slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
-    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, SLAB_STREAMS // 2, 0, s1, s2))
+    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
 
@@ -739,7 +750,7 @@ def column_moments(job, t):
     first, rows, j0, width, part = chunk_of(job, t)
     columns, at = job.columns, first * job.columns + j0
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    apart(sum_moments, (job, at, columns, rows, width, ahead_of(job.x, at), DEPTH, COLUMN_AHEAD, s1, s2))
+    apart(sum_moments, (job, at, columns, rows, width, ahead_of(job.x, at), s1, s2))
     for j in range(width):
         part[j], part[j + columns] = moments_of(shift_of(job.x, at + j), rows, s1[j], s2[j])
 
@@ -752,7 +763,7 @@ def column_gradients(job, t):
     columns, words = job.columns, (job.columns + LANES - 1) // LANES
     at, word, coef = first * columns + j0, first * words + j0 // LANES, ahead_of(job.coef, j0)
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, DEPTH, COLUMN_AHEAD, s1, s2))
+    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, s1, s2))
     for j in range(width):
         part[j], part[j + columns] = s1[j], s2[j]
 
