@@ -39,6 +39,24 @@ def test_compiled_once_and_loaded_from_then_on(folder):
     assert file.name.startswith("update_running-float32-")
 
 
+FIRST_CALL = """
+import sys
+import numba
+import numpy as np
+from fastbn.backends import numba_
+numba_.update_running(np.ones(3), np.ones(3), np.ones((3, 3)), 2, 0.5)
+print("scipy.linalg" in sys.modules)
+inverse = numba.njit(lambda matrix: np.linalg.inv(matrix))
+assert (inverse(np.eye(2)) == np.eye(2)).all()
+"""
+
+
+def test_loading_imports_nothing_that_only_compiling_needs(tmp_path):
+    """And what others compile afterwards is whole."""
+    printed = [python(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() for _ in range(2)]
+    assert printed == ["True", "False"]
+
+
 DAMAGE = {
     "empty": lambda content: b"",
     "cut short": lambda content: content[: len(content) // 2],
