@@ -52,6 +52,15 @@ MUTATIONS = (
     Mutation(NUMBA, "dot -= low * sum_dy", "pass", "what rounding the mean leaves over, in the gradient", PRECISION),
     Mutation(NUMBA, "scaled(z, slope)", "z * like(z, slope)", "ReLU of minus infinity is 0, not NaN", FUSED),
     Mutation(NUMBA, "sums[j] = sums[j + LANES - rest]", "pass", "a slab's last vector of sums overlaps", PRECISION),
+    Mutation(NUMBA, "rows - whole * streams", "0", "rows that are left over by eight streams", PRECISION),
+    Mutation(NUMBA, "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
+    Mutation(
+        NUMBA,
+        "s1, s2 = row_moments(job, c, row, single,",
+        "row_moments(job, c, row, single,",
+        "rows left over by four",
+        PRECISION,
+    ),
     Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
     Mutation(COMMON, "delta * delta * (a->count * share)", "delta * delta * a->count", "Chan's merge of m2", FORWARD),
     Mutation(
@@ -65,13 +74,15 @@ MUTATIONS = (
     Mutation(C, "isfinite(*x) ? *x : 0", "0", "a shift near the mean: no cancellation", FORWARD),
     Mutation(
         C,
-        "slope == 0 ? (V){0} : (V)(z * slope)",
+        "NAME(scaled)(z, slope)",
         "(V)(z * slope)",
         "ReLU of minus infinity is 0, not NaN",
         FUSED,
     ),
     Mutation(C, "sums[j] = sums[j + LANES - rest]", "", "a slab's last vector of sums overlaps", FORWARD),
-    Mutation(C, "(V)((M)gate & tail)", "gate", "a row's last vector overlaps the one before", BACKWARD),
+    Mutation(COMMON, "rows - whole * streams", "0", "rows that are left over by eight streams", FORWARD),
+    Mutation(COMMON, "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
+    Mutation(C, "(V)((M)g & NAME(last)(k.length - i))", "g", "a row's last vector overlaps the one before", BACKWARD),
     Mutation(
         C,
         "(REAL)(shift - (center - high) * scale)",

@@ -14,7 +14,8 @@
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
 enum { HIGH, SCALE, LOW, MEAN, A, B };                        /* rows of `coef` */
 enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x, with activation, residual, both; or any */
-enum { LINE = 64, BLOCK = 1 << 14, SHORT = 512, AHEAD = 128, STREAMS = 4 };    /* row nest */
+enum { LINE = 64, BLOCK = 1 << 14, SHORT = 512, AHEAD = 128 };                 /* row nest */
+enum { STREAMS = 4, PIECE = BLOCK / STREAMS };                                 /* rows at a time, and their pieces */
 enum { SLAB = 1600, SLAB_COEF = 6 * SLAB, SAMPLES = 16 };                      /* slabs */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
@@ -24,7 +25,7 @@ typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 /* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
 typedef struct {
     Index n, channels, s, run, columns, rows, block, blocks, ahead;
-    int streaming, training;
+    int streaming, training, reduced;
     double eps, slope;
     const void *x, *residual, *dy;
     void *y, *dx, *dresidual, *coef;
@@ -61,19 +62,22 @@ point void prefetch_part(const void *x) {
 
 point Index to_line(const void *x, Index itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
 
-/* Rows of a block whose rows are reduced: whole groups of streams. */
-point Index height_of(Index s) {
-    if (s < SHORT) return BLOCK / s;
-    return s < BLOCK ? (BLOCK / s + STREAMS - 1) / STREAMS * STREAMS : STREAMS;
+/* Pieces of so many values that a row is cut into; the last takes the rest: none is shorter than a vector. */
+point Index pieces_of(Index s, Index piece) { return max(1, s / piece); }
+
+/* Blocks of a channel, of so many rows of a piece, and block b of them. */
+point Index blocks_of(Index n, Index s, Index height, Index piece) {
+    return (n + height - 1) / height * pieces_of(s, piece);
+}
+point Block block_of(Index b, Index n, Index s, Index height, Index piece) {
+    const Index pieces = pieces_of(s, piece), first = b / pieces * height, p = b % pieces;
+    return (Block){first, min(height, n - first), p * piece, p < pieces - 1 ? piece : s - p * piece};
 }
 
-/* Pieces of a row: a long one is cut. */
-point Index pieces_of(Index s) { return max(1, s / BLOCK); }
-
-/* Block b of a channel, of so many rows. The last piece of a row takes the rest: none is shorter than a vector. */
-point Block block_of(Index b, Index n, Index s, Index height) {
-    const Index pieces = pieces_of(s), first = b / pieces * height, p = b % pieces;
-    return (Block){first, min(height, n - first), p * BLOCK, p < pieces - 1 ? BLOCK : s - p * BLOCK};
+/* Block b of a reduction: of long rows whole bundles of streams. */
+point Block block_to_reduce(const Job *job, Index b) {
+    const Index s = job->s, height = s < SHORT ? BLOCK / s : max(1, (BLOCK / s + STREAMS - 1) / STREAMS) * STREAMS;
+    return block_of(b, job->n, s, height, PIECE);
 }
 
 /* How far away value i of a row has what is AHEAD of it in its channel, whose rows are read STREAMS at a time from `row`
@@ -84,11 +88,9 @@ point Ahead ahead_in(const Job *job, Block k, Index row) {
     return (Ahead){k.length - AHEAD, k.first + row + STREAMS < job->n ? after : 0};
 }
 
-/* Channels of a task of output alone: as many as lie in a block's length. */
+/* Channels and samples of a task of output alone: as many as lie in a block's length. */
 point Index spread_of(const Job *job) { return job->s < SHORT || job->s > BLOCK ? job->run : BLOCK / job->s; }
-
-/* Samples of a task of output alone. */
-point Index group_of_rows(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES; }
+point Index samples_of(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES; }
 
 /* Number of runs of so many neighbouring channels, and run t. */
 point Index runs_of(const Job *job, Index run) { return (job->channels + run - 1) / run; }
@@ -123,7 +125,7 @@ point Chunk chunk_of(const Job *job, Index t) {
 /* Number of values behind part b of a channel or column; one in the part of the values that fill no row. */
 point Index size_of(const Job *job, Index b) {
     if (job->columns) return b < job->blocks ? min(job->block, job->rows - b * job->block) : 1;
-    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Block k = block_to_reduce(job, b);
     return k.rows * k.length;
 }
 
@@ -145,10 +147,7 @@ static inline Index tasks_of(const Job *job, int phase) {
     switch (phase) {
     case FUSED: return runs_of(job, job->run);
     case REDUCE: return job->blocks * runs_of(job, job->run);
-    case APPLY: {
-        const Index group = group_of_rows(job), groups = (job->n + group - 1) / group;
-        return groups * pieces_of(job->s) * runs_of(job, spread_of(job));
-    }
+    case APPLY: return blocks_of(job->n, job->s, samples_of(job), BLOCK) * runs_of(job, spread_of(job));
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
     default: return (job->rows + group_of(job->columns) - 1) / group_of(job->columns);
     }

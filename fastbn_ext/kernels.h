@@ -66,7 +66,7 @@ point void NAME(prefetch_two)(const REAL *x) {
 
 /* Mean and m2 of block b of channel c. */
 static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
-    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Block k = block_to_reduce(job, b);
     const Index stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
     const REAL *x = (const REAL *)job->x + k.first * stride + c * job->s + k.column;
     const REAL shift = NAME(shift_of)(x);
@@ -77,8 +77,9 @@ static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, 
         const Index streams = min(STREAMS, k.rows - row);
         const Ahead far = ahead_in(job, k, row);
         Index i = 0;
-        for (int turned = 0; turned < 2; turned++)
-            for (const Index ahead = turned ? far.after : AHEAD; i < (turned ? whole : min(far.turn, whole)); i += 2 * LANES)
+        for (int turned = 0; turned < 2; turned++) {
+            const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
+            for (; i < stop; i += 2 * LANES)
                 for (Index r = 0; r < streams; r++) {
                     const REAL *at = x + r * stride + i;
                     NAME(prefetch_two)(at + ahead);
@@ -89,6 +90,7 @@ static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, 
                     s2 = NAME(fused)(d, d, s2);
                     t2 = NAME(fused)(e, e, t2);
                 }
+        }
         for (; i < k.length; i += LANES)
             for (Index r = 0; r < streams; r++) {
                 const V value = NAME(load)(x + r * stride + min(i, k.length - LANES));
@@ -102,7 +104,7 @@ static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, 
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
 static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
-    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Block k = block_to_reduce(job, b);
     const Index words = words_of(job->s, LANES), stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
     const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
@@ -324,7 +326,8 @@ point void NAME(residual_columns)(const Job *job, Index at, Index width, Index w
 #undef GATED
 }
 
-/* Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched. */
+/* Output, or dx and dresidual, of rows of columns, each `stride` behind the one before it, or ahead of it if that is
+   negative; what lies `ahead` is prefetched. */
 static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
                              Index step, Index word, Index words, Index ahead, int backward) {
     const int added = job->residual != 0, activated = job->slope != 1, signs = job->signs != 0;
@@ -350,18 +353,18 @@ static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows,
     }
 }
 
-/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after
-   their reduction from the last row to the first. */
+/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after a
+   reduction the last first. */
 static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Index channels = job->channels, words = words_of(job->s, LANES), first = fused ? k.first + k.rows - 1 : k.first;
-    const Index on = fused ? -channels : channels, ahead = fused ? 0 : job->ahead;
+    const Index channels = job->channels, words = words_of(job->s, LANES), on = job->reduced ? -1 : 1;
+    const Index first = k.first + (job->reduced ? k.rows - 1 : 0), ahead = fused ? 0 : on * job->ahead;
     REAL coef[6 * LANES];
-    for (Index c = run.c0; c < run.c1; c++) {
-        const Index row = first * channels + c, word = row * words + k.column / LANES;
+    for (Index i = 0; i < run.c1 - run.c0; i++) {
+        const Index c = job->reduced ? run.c1 - 1 - i : run.c0 + i, row = first * channels + c;
         for (Index r = 0; r <= (backward ? B : LOW); r++)
             NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
-        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0, word, on * words,
-                         ahead, backward);
+        NAME(apply_rows)(job, row * job->s + k.column, on * channels * job->s, k.rows, k.length, coef, LANES, 0,
+                         row * words + k.column / LANES, on * channels * words, ahead, backward);
     }
 }
 
@@ -386,7 +389,7 @@ point double NAME(total_of)(const double *sums, Index length) {
 
 /* Mean and m2 of block b of a run of channels, into `part`. */
 static void NAME(slab_moments)(const Job *job, Run run, Index b) {
-    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Block k = block_to_reduce(job, b);
     const Slab slab = slab_of(job, run, k.first, LANES);
     const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
@@ -409,7 +412,7 @@ point void NAME(slab_coef)(const Job *job, Run run, REAL *coef, Index first, Ind
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
 static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
-    const Block k = block_of(b, job->n, job->s, height_of(job->s));
+    const Block k = block_to_reduce(job, b);
     const Slab slab = slab_of(job, run, k.first, LANES);
     const Index s = job->s, width = slab.width;
     double *part = job->part + 2 * b * job->channels + run.c0;
@@ -421,10 +424,10 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
 
-/* Output, or dx and dresidual, of a run of channels in the samples of a block: after their reduction the last first. */
+/* Output, or dx and dresidual, of a run of channels in the samples of a block: after a reduction the last first. */
 static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Slab slab = slab_of(job, run, fused ? k.first + k.rows - 1 : k.first, LANES);
-    const Index on = fused ? -1 : 1, ahead = fused ? 0 : job->ahead;
+    const Slab slab = slab_of(job, run, k.first + (job->reduced ? k.rows - 1 : 0), LANES);
+    const Index on = job->reduced ? -1 : 1, ahead = fused ? 0 : on * job->ahead;
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
     NAME(apply_rows)(job, slab.at, on * slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, on * slab.words, ahead,
@@ -455,13 +458,13 @@ static void NAME(column_gradients)(const Job *job, Index t) {
     for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
-/* Output, or dx and dresidual, of the t-th group of rows. */
+/* Output, or dx and dresidual, of the t-th group of rows: after a reduction the last first. */
 static void NAME(apply_group)(const Job *job, Index t, int backward) {
-    const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
-    const Index words = words_of(columns, LANES);
+    const Index columns = job->columns, begin = t * group_of(columns), rows = min(group_of(columns), job->rows - begin);
+    const Index words = words_of(columns, LANES), on = job->reduced ? -1 : 1, first = begin + (job->reduced ? rows - 1 : 0);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead,
-                     backward);
+    NAME(apply_rows)(job, first * columns, on * columns, rows, columns, coef, columns, 1, first * words, on * words,
+                     on * job->ahead, backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
@@ -515,8 +518,9 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
         NAME(finish_channel)(job, c, backward, 1);
         (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
     }
-    for (Index b = job->blocks - 1; b >= 0; b--) /* backwards: the last ones are still in the nearest cache */
-        NAME(apply_run)(job, run, block_of(b, job->n, job->s, height_of(job->s)), backward, 1);
+    const Index height = job->s < SHORT ? BLOCK / job->s : 1;
+    for (Index b = blocks_of(job->n, job->s, height, BLOCK) - 1; b >= 0; b--) /* the last first: it is in the cache */
+        NAME(apply_run)(job, run, block_of(b, job->n, job->s, height, BLOCK), backward, 1);
 }
 
 /* Task t of a phase. */
@@ -526,7 +530,7 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     case REDUCE: NAME(reduce_run)(job, run_of(job, t / job->blocks, job->run), t % job->blocks, backward); break;
     case APPLY: {
         const Index runs = runs_of(job, spread_of(job)); /* in the order of memory */
-        const Block block = block_of(t / runs, job->n, job->s, group_of_rows(job));
+        const Block block = block_of(t / runs, job->n, job->s, samples_of(job), BLOCK);
         NAME(apply_run)(job, run_of(job, t % runs, spread_of(job)), block, backward, 0);
         break;
     }

@@ -10,6 +10,6 @@ has checked. A tensor is seen as (N, C, S): channels first has S > 1, channels l
     slope                               of the activation below zero: 1 none, 0 ReLU, between leaky ReLU
     signs                               uint16 from `sign_words`, or empty: which outputs the activation let through
 
-Arguments are inputs first, then sizes, then outputs. Nothing is checked, nothing but the outputs is written, and
-y may be x or residual itself, dx may be dy or x itself.
+Arguments are inputs first, then sizes, then outputs. Nothing is checked, and nothing but the outputs is written. y may
+be x or residual itself, dx may be dy or x itself; dresidual overlaps nothing. Behind an activation it needs signs.
 """

@@ -17,7 +17,8 @@ D. Output that will not be found in cache again is *streamed* past it, so that a
    many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96).
 E. Where output is all there is to do, what comes next is *prefetched* meanwhile: in rows the next channel, in slabs the
    next sample (Zen 3, 2 threads, inference of 32x512x28x28: 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112:
-   6.5 to 5.9). After a reduction it is in the cache, but for a residual, and within the cache prefetching only costs.
+   6.5 to 5.9). So it is where the work is split. Otherwise it is in the cache after a reduction, but for a residual,
+   and within the cache prefetching only costs.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ import numpy as np
 from fastbn._engine import cache_bytes, is_intel
 
 LANES = 16  # values in a vector: one AVX-512 register of float32
-BLOCK = 1 << 14  # values of a block of the row nest: its statistics are plain sums, blocks merge by Chan's formula
+BLOCK = 1 << 14  # values that a block of the row nest has about: its sums are plain, blocks merge by Chan's formula
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
 SHORT = 512  # values: rows shorter than this one are worked on in slabs
 SLAB = 1600  # values that a slab is wide at most, and half of it beyond the cache
 STREAMS = 4  # long rows read at a time
+PIECE = BLOCK // STREAMS  # values of a piece of a row that is longer
 AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
-COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched; 1024 gains less for statistics
+COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 256  # values that a folded row should have at least
@@ -58,7 +60,7 @@ class Plan(NamedTuple):
     rows: int  # column nest: number of full rows
     block: int  # column nest: rows of a block
     blocks: int  # blocks of a channel or, in the column nest, of all rows
-    ahead: int  # how far to prefetch while output is written, in values; 0 for not at all
+    ahead: int  # how far to prefetch while output is written, in values; 0 within the cache
 
 
 @lru_cache(4096)
@@ -77,7 +79,7 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
         rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
         ahead = COLUMN_AHEAD if beyond_cache else 0
         return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
-    blocks = -(-n // _height(s)) * max(1, s // BLOCK)
+    blocks = _blocks(n, s)
     widest = _widest(c, s, SLAB // 2 if beyond_cache and not signs else SLAB)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
@@ -94,16 +96,15 @@ def _folded_row(pixel: int) -> int:
     return pixel if vectors > LONGEST_FOLD else vectors * -(-COLUMNS // vectors)
 
 
-def _height(s: int) -> int:
-    """Rows of a block: in long ones whole groups of streams."""
-    if s < SHORT:
-        return BLOCK // s
-    return -(-(BLOCK // s) // STREAMS) * STREAMS if s < BLOCK else STREAMS
+def _blocks(n: int, s: int) -> int:
+    """Number of blocks of a channel: of long rows they are whole bundles of streams, and pieces of a row."""
+    height = BLOCK // s if s < SHORT else max(1, -(-(BLOCK // s) // STREAMS)) * STREAMS
+    return -(-n // height) * max(1, s // PIECE)
 
 
 def _widest(c: int, s: int, slab: int = SLAB) -> int:
     """Channels of the widest run: one long row, or a slab."""
-    return min(max(1, slab // s), c) if s < SHORT else 1
+    return min(slab // s, c) if s < SHORT else 1
 
 
 def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:

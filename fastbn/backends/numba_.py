@@ -23,7 +23,7 @@ G. Several rows are read at a time: one stream after the other leaves memory idl
    gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
-I. After a reduction, output goes backwards: what was read last is still in the third-level cache.
+I. After a reduction output goes backwards, row by row: what was read last is still in a cache.
 J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
    units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
 """
@@ -50,7 +50,7 @@ from fastbn.backends import _job, _plan, _vectors
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._job import apart, copy_of, make_job, parts_of
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, SHORT, SLAB, STREAMS
+from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, SHORT, SLAB, STREAMS
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -224,28 +224,31 @@ def gradient(dy, x, training, scale, mean, a, b):
 
 
 @point
-def height_of(s):
-    """Rows of a block whose rows are reduced: whole groups of streams."""
-    if s < SHORT:
-        return BLOCK // s
-    return (BLOCK // s + STREAMS - 1) // STREAMS * STREAMS if s < BLOCK else STREAMS
+def pieces_of(s, piece):
+    """Pieces of so many values that a row is cut into; the last takes the rest: none is shorter than a vector."""
+    return max(1, s // piece)
 
 
 @point
-def pieces_of(s):
-    """Pieces of a row: a long one is cut."""
-    return max(1, s // BLOCK)
+def blocks_of(n, s, height, piece):
+    """Number of blocks of a channel, of so many rows of a piece."""
+    return (n + height - 1) // height * pieces_of(s, piece)
 
 
 @point
-def block_of(b, n, s, height):
-    """(first, rows, column, length) of block b, of so many rows.
-
-    The last piece of a row takes the rest: none is shorter than a vector.
-    """
-    pieces = pieces_of(s)
+def block_of(b, n, s, height, piece):
+    """(first, rows, column, length) of block b."""
+    pieces = pieces_of(s, piece)
     first, p = b // pieces * height, b % pieces
-    return first, min(height, n - first), p * BLOCK, (BLOCK if p < pieces - 1 else s - p * BLOCK)
+    return first, min(height, n - first), p * piece, (piece if p < pieces - 1 else s - p * piece)
+
+
+@point
+def block_to_reduce(job, b):
+    """(first, rows, column, length) of block b of a reduction: of long rows whole bundles of streams."""
+    s = job.s
+    height = BLOCK // s if s < SHORT else max(1, (BLOCK // s + STREAMS - 1) // STREAMS) * STREAMS
+    return block_of(b, job.n, s, height, PIECE)
 
 
 @point
@@ -267,11 +270,11 @@ def ahead_in(job, row, column, length):
 
 
 @point
-def row_moments(job, start, row, streams, first, column, length, around, s1, s2):
+def row_moments(job, c, row, streams, column, length, around, s1, s2):
     """Add so many rows at a time, from `row` on, to the sums of x - around and of its square."""
     x, stride, zero, one = job.x, job.channels * job.s, splat(0.0), ones()
-    begin, whole = start + row * stride, length - length % LANES
-    turn, after = ahead_in(job, first + row, column, length)
+    begin, whole = row * stride + c * job.s + column, length - length % LANES
+    turn, after = ahead_in(job, row, column, length)
     i = 0
     for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
         while i < stop:
@@ -297,16 +300,15 @@ def row_moments(job, start, row, streams, first, column, length, around, s1, s2)
 def block_moments(job, c, b):
     """Mean and m2 of block b of channel c (design, C)."""
     noinline()
-    first, rows, column, length = block_of(b, job.n, job.s, height_of(job.s))
-    start = first * job.channels * job.s + c * job.s + column
-    shift = shift_of(job.x, start)
+    first, rows, column, length = block_to_reduce(job, b)
+    shift = shift_of(job.x, (first * job.channels + c) * job.s + column)
     around, s1, s2 = splat(shift), splat(0.0), splat(0.0)
-    row, four, single = 0, np.intp(STREAMS), np.intp(1)  # known when this is compiled: loops over rows are unrolled
-    while row + STREAMS <= rows:
-        s1, s2 = row_moments(job, start, row, four, first, column, length, around, s1, s2)
+    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)  # known: loops over rows are unrolled
+    while row + STREAMS <= end:
+        s1, s2 = row_moments(job, c, row, four, column, length, around, s1, s2)
         row += STREAMS
-    while row < rows:
-        s1, s2 = row_moments(job, start, row, single, first, column, length, around, s1, s2)
+    while row < end:
+        s1, s2 = row_moments(job, c, row, single, column, length, around, s1, s2)
         row += 1
     return moments_of(shift, rows * length, total(s1), total(s2))
 
@@ -319,7 +321,7 @@ def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
     again = alias(x)  # values become float64 as they are loaded (design, J)
     stride, words = job.channels * job.s, (job.s + LANES - 1) // LANES
     begin, word = row * stride + c * job.s + column, (row * job.channels + c) * words + column // LANES
-    next_words, whole = job.channels * words, length - length % LANES
+    on, whole = job.channels * words, length - length % LANES
     turn, after = ahead_in(job, row, column, length)
     i = 0
     for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
@@ -344,7 +346,7 @@ def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(again, at)) - around, dot)
                     at += stride
-                    sign += next_words
+                    sign += on
                 i += LANES
     if i < length:
         tail, at, sign = last(length - i), begin + length - LANES, word + i // LANES
@@ -356,7 +358,7 @@ def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
             sum_dy = fma(g, one, sum_dy)
             dot = fma(g, widen(value) - around, dot)
             at += stride
-            sign += next_words
+            sign += on
     return sum_dy, dot
 
 
@@ -364,7 +366,7 @@ def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
 def block_gradients(job, c, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
     noinline()
-    first, rows, column, length = block_of(b, job.n, job.s, height_of(job.s))
+    first, rows, column, length = block_to_reduce(job, b)
     channels, coef, sum_dy, dot = job.channels, job.coef, splat(0.0), splat(0.0)
     coefs = (
         splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c]), splat(coef[LOW * channels + c]),
@@ -590,7 +592,10 @@ def residual_columns(job, at, width, word):
 
 @loop
 def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahead, backward):
-    """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched."""
+    """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched.
+
+    Each row is `stride` behind the one before it, or ahead of it if that is negative.
+    """
     noinline()
     simple = not (present(job.signs) or present(job.residual)) and job.training
     plain, activated = simple and job.slope == 1.0, simple and job.slope != 1.0
@@ -623,18 +628,20 @@ def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahe
 def apply_block(job, c0, c1, first, rows, column, length, backward, fused):
     """Output, or dx and dresidual, of a block of channels c0 to c1, whose coefficients are the same in every column.
 
-    After their reduction from the last row to the first (design, I).
+    After a reduction the last first (design, I).
     """
     noinline()
     channels, s, words = job.channels, job.s, (job.s + LANES - 1) // LANES
-    first, on, ahead = (first + rows - 1, -channels, 0) if fused else (first, channels, job.ahead)
+    on = -1 if job.reduced else 1
+    first, ahead = first + (rows - 1 if job.reduced else 0), 0 if fused else on * job.ahead
     coef = scratch(job.coef, ROW_COEF)
-    for c in range(c0, c1):
+    for i in range(c1 - c0):
+        c = c1 - 1 - i if job.reduced else c0 + i
+        row = first * channels + c
         for r in range(B + 1 if backward else LOW + 1):
             store(coef, r * LANES, splat(job.coef[r * channels + c]))
-        at = (first * channels + c) * s + column
-        word = (first * channels + c) * words + column // LANES
-        apart(apply_rows, (job, at, on * s, rows, length, coef, LANES, 0, word, on * words, ahead, backward))
+        at, word, stride = row * s + column, row * words + column // LANES, on * channels * s
+        apart(apply_rows, (job, at, stride, rows, length, coef, LANES, 0, word, on * channels * words, ahead, backward))
 
 
 # --- slabs --------------------------------------------------------------------------------------------------------
@@ -677,7 +684,7 @@ def total_of(sums, j, length):
 def slab_moments(job, c0, c1, b):
     """Mean and m2 of block b of channels c0 to c1, into `part`."""
     noinline()
-    first, rows, _, s = block_of(b, job.n, job.s, height_of(job.s))
+    first, rows, _, s = block_to_reduce(job, b)
     at, stride, width, _, _ = slab_of(job, c0, c1, first)
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
@@ -701,7 +708,7 @@ def slab_coef(job, c0, c1, coef, first, end):
 def slab_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of channels c0 to c1, into `part`."""
     noinline()
-    first, rows, _, s = block_of(b, job.n, job.s, height_of(job.s))
+    first, rows, _, s = block_to_reduce(job, b)
     at, stride, width, word, words = slab_of(job, c0, c1, first)
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
@@ -713,10 +720,11 @@ def slab_gradients(job, c0, c1, b):
 
 @loop
 def apply_slab(job, c0, c1, first, rows, backward, fused):
-    """Output, or dx and dresidual, of channels c0 to c1 in so many samples: after their reduction the last first."""
+    """Output, or dx and dresidual, of channels c0 to c1 in so many samples: after a reduction the last first."""
     noinline()
-    first, on, ahead = (first + rows - 1, -1, 0) if fused else (first, 1, job.ahead)
-    at, stride, width, word, words = slab_of(job, c0, c1, first)
+    on = -1 if job.reduced else 1
+    ahead = 0 if fused else on * job.ahead
+    at, stride, width, word, words = slab_of(job, c0, c1, first + (rows - 1 if job.reduced else 0))
     coef = scratch(job.coef, SLAB_COEF)
     slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
     apart(apply_rows, (job, at, on * stride, rows, width, coef, SLAB, 1, word, on * words, ahead, backward))
@@ -776,12 +784,13 @@ def group_of(columns):
 
 @loop
 def apply_group(job, t, backward):
-    """Output, or dx and dresidual, of the t-th group of rows."""
+    """Output, or dx and dresidual, of the t-th group of rows: after a reduction the last first."""
     noinline()
-    columns, first = job.columns, t * group_of(job.columns)
-    rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
-    at, word = first * columns, first * words
-    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, word, words, job.ahead, backward))
+    columns, begin = job.columns, t * group_of(job.columns)
+    rows, words = min(group_of(columns), job.rows - begin), (columns + LANES - 1) // LANES
+    on, first = (-1, begin + rows - 1) if job.reduced else (1, begin)
+    at, word, ahead = first * columns, first * words, on * job.ahead
+    apart(apply_rows, (job, at, on * columns, rows, columns, job.coef, columns, 1, word, on * words, ahead, backward))
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -817,7 +826,7 @@ def size_of(job, b):
     """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
     if job.columns:
         return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
-    _, height, _, length = block_of(b, job.n, job.s, height_of(job.s))
+    _, height, _, length = block_to_reduce(job, b)
     return height * length
 
 
@@ -890,13 +899,14 @@ def run_at_once(job, t, backward):
             round_gradient(job, c, job.channels, c)
         else:
             round_affine(job, c, job.channels, c)
-    for b in range(job.blocks - 1, -1, -1):  # backwards: the last ones are still in the nearest cache
-        first, height, column, length = block_of(b, job.n, job.s, height_of(job.s))
-        apart(apply_run, (job, c0, c1, first, height, column, length, backward, True))
+    height = BLOCK // job.s if job.s < SHORT else 1
+    for b in range(blocks_of(job.n, job.s, height, BLOCK) - 1, -1, -1):  # the last first: it is in the nearest cache
+        first, rows, column, length = block_of(b, job.n, job.s, height, BLOCK)
+        apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))
 
 
 @point
-def group_of_rows(job):
+def samples_of(job):
     """Samples of a task of output alone."""
     return 1 if job.s >= SHORT else SAMPLES
 
@@ -913,7 +923,7 @@ def task(job, backward, phase, t):
     elif phase == APPLY:
         runs = runs_of(job, spread_of(job))  # in the order of memory
         c0, c1 = run_of(job, t % runs, spread_of(job))
-        first, height, column, length = block_of(t // runs, job.n, job.s, group_of_rows(job))
+        first, height, column, length = block_of(t // runs, job.n, job.s, samples_of(job), BLOCK)
         apart(apply_run, (job, c0, c1, first, height, column, length, backward, False))
     elif phase == APPLY_COLUMNS:
         apart(apply_group, (job, t, backward))
@@ -932,8 +942,7 @@ def tasks_of(job, phase):
     if phase == REDUCE:
         tasks *= job.blocks
     elif phase == APPLY:
-        groups = (job.n + group_of_rows(job) - 1) // group_of_rows(job)
-        tasks = groups * pieces_of(job.s) * runs_of(job, spread_of(job))
+        tasks = blocks_of(job.n, job.s, samples_of(job), BLOCK) * runs_of(job, spread_of(job))
     elif phase == REDUCE_COLUMNS:
         tasks = job.blocks * chunks_of(job.columns)
     elif phase == APPLY_COLUMNS:
@@ -1027,7 +1036,7 @@ def _kernel(
     Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two.
     """
     job = make_job((
-        n, channels, s, run, columns, rows, block, blocks, ahead, streaming, training, eps, slope,
+        n, channels, s, run, columns, rows, block, blocks, ahead, streaming, training, reduce and apply, eps, slope,
         x, residual, dy, y, dx, dresidual, coef, signs, stats, affine, grads, part,
     ))  # fmt: skip
     if streaming:
@@ -1046,11 +1055,11 @@ def _kernel(
         tasks = tasks_of(job, phase)
         if threads == 1:
             for t in range(tasks):
-                apart(task, (job, backward, phase, tasks - 1 - t if step and reduce else t))
+                apart(task, (job, backward, phase, tasks - 1 - t if step and job.reduced else t))
         else:
             before = team(threads)
             for t in prange(tasks):
-                apart(task, (job, backward, phase, tasks - 1 - np.intp(t) if step and reduce else np.intp(t)))
+                apart(task, (job, backward, phase, tasks - 1 - np.intp(t) if step and job.reduced else np.intp(t)))
             team(before)
         if last:
             last_row(job, backward, phase)
