@@ -83,7 +83,7 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
     widest = _widest(c, s, SLAB // 2 if beyond_cache and not signs else SLAB)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
-    split = tasks / (-(-tasks // threads) * threads) < 0.7
+    split = tasks / (-(-tasks // threads) * threads) < 0.8
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
     ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
