@@ -269,6 +269,10 @@ def ahead_in(job, row, column, length):
     return length - AHEAD, (after if row + STREAMS < job.n else 0)
 
 
+# How many rows are read at a time is known when this is compiled: where it was not, a sum went through the stack (sums of
+# gradients in cache: 10.2 ns for 16 values, 5.3 so).
+
+
 @point
 def row_moments(job, c, row, streams, column, length, around, s1, s2):
     """Add so many rows at a time, from `row` on, to the sums of x - around and of its square."""
@@ -303,7 +307,7 @@ def block_moments(job, c, b):
     first, rows, column, length = block_to_reduce(job, b)
     shift = shift_of(job.x, (first * job.channels + c) * job.s + column)
     around, s1, s2 = splat(shift), splat(0.0), splat(0.0)
-    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)  # known: loops over rows are unrolled
+    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
     while row + STREAMS <= end:
         s1, s2 = row_moments(job, c, row, four, column, length, around, s1, s2)
         row += STREAMS
