@@ -184,20 +184,30 @@ def load(typing, x, i):
     return vector(x, types.intp), build
 
 
-def _storing(x, value, align, metadata):
-    def build(context, builder, signature, args):
-        store = builder.store(args[2], _vector_pointer(builder, args[0], args[1], value.llvm), align=align)
-        if metadata:
-            store.set_metadata(metadata, builder.module.add_metadata([_I32(1)]))
-        return context.get_dummy_value()
+def _store(context, builder, pointer, index, value, kind):
+    builder.store(value, _vector_pointer(builder, pointer, index, kind.llvm), align=kind.dtype.bitwidth // 8)
 
-    return types.void(x, types.intp, value), build
+
+def _stream(context, builder, pointer, index, value, kind):
+    """One store for each register, in the order of memory: LLVM would write the second half of a line first."""
+    width = (512 if "+avx512f" in context.codegen().magic_tuple()[2] else 256) // kind.dtype.bitwidth
+    vector = ir.VectorType(kind.llvm.element, width)
+    for first in range(0, LANES, width):
+        part = builder.shuffle_vector(value, value, _lanes(range(first, first + width)))
+        address = _vector_pointer(builder, pointer, builder.add(index, _I64(first)), vector)
+        store = builder.store(part, address, align=width * kind.dtype.bitwidth // 8)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
 @intrinsic
 def store(typing, x, i, value):
     """``x[i : i + 16] = value``."""
-    return _storing(x, value, value.dtype.bitwidth // 8, None)
+
+    def build(context, builder, signature, args):
+        _store(context, builder, *args, value)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, value), build
 
 
 @intrinsic
@@ -218,14 +228,13 @@ def store_where(typing, x, i, mask, value):
 @intrinsic
 def put(typing, x, i, value, streaming):
     """As `store`; if `streaming`, past the cache: ``x[i]`` lies on a 64-byte boundary then; a `fence` must follow."""
-    plain, past = _storing(x, value, value.dtype.bitwidth // 8, None), _storing(x, value, 64, "nontemporal")
 
     def build(context, builder, signature, args):
         with builder.if_else(args[3]) as (then, otherwise):
             with then:
-                past[1](context, builder, signature, args[:3])
+                _stream(context, builder, *args[:3], value)
             with otherwise:
-                plain[1](context, builder, signature, args[:3])
+                _store(context, builder, *args[:3], value)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, value, types.boolean), build
