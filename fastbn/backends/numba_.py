@@ -97,9 +97,10 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 # Rows of `coef`: per-channel coefficients in x's dtype.
 HIGH, SCALE, LOW, MEAN, A, B = range(6)
 # Kinds of output: of x alone, behind an activation, with all that there is.
-PLAIN, ACTIVATED, ANY = range(3)
+PLAIN, ACTIVATED, ANY = map(np.intp, range(3))
 # Phases.
-FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = range(5)
+FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = map(np.intp, range(5))
+ZERO = np.intp(0)  # as an argument: functions are compiled once more for a literal one
 
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
 COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
@@ -518,7 +519,7 @@ def apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, kind):
     last_added = load(residual, at + end) if present(residual) else zero
     if i:
         added = load(residual, at) if present(residual) else zero
-        store_where(y, at, foremost(i), output_column(load(x, at), added, coef, pitch, 0, slope, signs, word))
+        store_where(y, at, foremost(i), output_column(load(x, at), added, coef, pitch, ZERO, slope, signs, word))
     while i <= end:
         if ahead:
             prefetch(x, at + i + ahead)
@@ -554,7 +555,7 @@ def gradient_columns(job, at, width, coef, pitch, step, word, ahead, kind):
     i = i if streaming else 0
     last_x, last_dy = load(x, at + end), load(dy, at + end)
     if i:
-        d = gradient_column(load(dy, at), load(x, at), coef, pitch, 0, slope, signs, word, training)
+        d = gradient_column(load(dy, at), load(x, at), coef, pitch, ZERO, slope, signs, word, training)
         store_where(dx, at, foremost(i), d)
     while i <= end:
         if ahead:
@@ -613,17 +614,17 @@ def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahe
         if backward and present(job.dresidual):  # first: dx may lie over dy
             residual_columns(job, at, width, word)
         if backward and plain:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(PLAIN))
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, PLAIN)
         elif backward and activated:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ACTIVATED))
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, ACTIVATED)
         elif backward:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, np.intp(ANY))
+            gradient_columns(job, at, width, coef, pitch, step, word, ahead, ANY)
         elif plain:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, 0, np.intp(PLAIN))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, ZERO, PLAIN)
         elif activated:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, 0, np.intp(ACTIVATED))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, ZERO, ACTIVATED)
         else:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, np.intp(ANY))
+            apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, ANY)
         at += stride
         word += words
 
