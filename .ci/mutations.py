@@ -59,7 +59,7 @@ MUTATIONS = (
         "s1, s2 = row_moments(job, c, row, single,",
         "row_moments(job, c, row, single,",
         "rows left over by four",
-        PRECISION,
+        ("tests/test_functional.py",),
     ),
     Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
     Mutation(COMMON, "delta * delta * (a->count * share)", "delta * delta * a->count", "Chan's merge of m2", FORWARD),

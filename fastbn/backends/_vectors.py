@@ -184,12 +184,14 @@ def load(typing, x, i):
     return vector(x, types.intp), build
 
 
-def _store(context, builder, pointer, index, value, kind):
+def _store(builder, args, kind):
+    pointer, index, value = args
     builder.store(value, _vector_pointer(builder, pointer, index, kind.llvm), align=kind.dtype.bitwidth // 8)
 
 
-def _stream(context, builder, pointer, index, value, kind):
+def _stream(context, builder, args, kind):
     """One store for each register, in the order of memory: LLVM would write the second half of a line first."""
+    pointer, index, value = args
     width = (512 if "+avx512f" in context.codegen().magic_tuple()[2] else 256) // kind.dtype.bitwidth
     vector = ir.VectorType(kind.llvm.element, width)
     for first in range(0, LANES, width):
@@ -204,7 +206,7 @@ def store(typing, x, i, value):
     """``x[i : i + 16] = value``."""
 
     def build(context, builder, signature, args):
-        _store(context, builder, *args, value)
+        _store(builder, args, value)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, value), build
@@ -232,9 +234,9 @@ def put(typing, x, i, value, streaming):
     def build(context, builder, signature, args):
         with builder.if_else(args[3]) as (then, otherwise):
             with then:
-                _stream(context, builder, *args[:3], value)
+                _stream(context, builder, args[:3], value)
             with otherwise:
-                _store(context, builder, *args[:3], value)
+                _store(builder, args[:3], value)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, value, types.boolean), build
