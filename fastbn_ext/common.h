@@ -12,7 +12,7 @@
 #define prefetch(address) __builtin_prefetch(address, 0, 2)
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
-enum { HIGH, SCALE, LOW, MEAN, A, B };                        /* rows of `coef` */
+enum { HIGH, LOW, SCALE, MEAN, A, B };                        /* rows of `coef` */
 enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x, with activation, residual, both; or any */
 enum { LINE = 64, BLOCK = 1 << 14, SHORT = 512, AHEAD = 128 };                 /* row nest */
 enum { STREAMS = 4, PIECE = BLOCK / STREAMS };                                 /* rows at a time, and their pieces */
@@ -135,6 +135,9 @@ point int kind_of(int added, int activated, int signs) {
     if (!added && !signs) return activated ? ACTIVATED : PLAIN;
     return added && activated && signs ? SIGNED : added && !activated ? ADDED : ANY;
 }
+
+/* Whether a backward pass computes the activation's signs again. */
+point int signs_again(const Job *job) { return job->slope != 1 && !job->signs; }
 
 /* In place the lines are in the cache already. */
 static inline int can_stream(const Job *job) {

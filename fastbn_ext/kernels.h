@@ -5,15 +5,15 @@
 
 /* --- channel arithmetic ------------------------------------------------------------------------------------------- */
 
-/* HIGH, SCALE, LOW of channel c in REAL, at column j. */
+/* HIGH, LOW, SCALE of channel c in REAL, at column j. */
 static void NAME(round_affine)(const Job *job, Index j, Index c) {
     const Index width = job->columns ? job->columns : job->channels;
     const double center = job->affine[c], scale = job->affine[job->channels + c];
     const double shift = job->affine[2 * job->channels + c];
     REAL *coef = (REAL *)job->coef + j, high = (REAL)center;
     coef[HIGH * width] = high;
-    coef[SCALE * width] = (REAL)scale;
     coef[LOW * width] = (REAL)(shift - (center - high) * scale);
+    coef[SCALE * width] = (REAL)scale;
 }
 
 /* A and B of channel c in REAL, at column j. */
@@ -361,7 +361,7 @@ static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, in
     REAL coef[6 * LANES];
     for (Index i = 0; i < run.c1 - run.c0; i++) {
         const Index c = job->reduced ? run.c1 - 1 - i : run.c0 + i, row = first * channels + c;
-        for (Index r = 0; r <= (backward ? B : LOW); r++)
+        for (Index r = 0; r <= (backward ? B : SCALE); r++)
             NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
         NAME(apply_rows)(job, row * job->s + k.column, on * channels * job->s, k.rows, k.length, coef, LANES, 0,
                          row * words + k.column / LANES, on * channels * words, ahead, backward);
@@ -418,7 +418,7 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
     double *part = job->part + 2 * b * job->channels + run.c0;
     REAL coef[SLAB_COEF];
     double s1[WIDEST], s2[WIDEST];
-    NAME(slab_coef)(job, run, coef, HIGH, MEAN + 1);
+    NAME(slab_coef)(job, run, coef, signs_again(job) ? HIGH : MEAN, MEAN + 1);
     NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, s1, s2);
     for (Index j = 0; j < width; j += s, part++)
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
@@ -429,7 +429,7 @@ static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int
     const Slab slab = slab_of(job, run, k.first + (job->reduced ? k.rows - 1 : 0), LANES);
     const Index on = job->reduced ? -1 : 1, ahead = fused ? 0 : on * job->ahead;
     REAL coef[SLAB_COEF];
-    NAME(slab_coef)(job, run, coef, HIGH, backward ? B + 1 : LOW + 1);
+    NAME(slab_coef)(job, run, coef, backward && !signs_again(job) ? SCALE : HIGH, backward ? B + 1 : SCALE + 1);
     NAME(apply_rows)(job, slab.at, on * slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, on * slab.words, ahead,
                      backward);
 }

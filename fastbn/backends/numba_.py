@@ -95,7 +95,7 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 # `stats`, `affine`, `coef` and `grads` are rows of one value a channel (a column, in the column nest).
 
 # Rows of `coef`: per-channel coefficients in x's dtype.
-HIGH, SCALE, LOW, MEAN, A, B = range(6)
+HIGH, LOW, SCALE, MEAN, A, B = range(6)
 # Kinds of output: of x alone, behind an activation, with all that there is.
 PLAIN, ACTIVATED, ANY = map(np.intp, range(3))
 # Phases.
@@ -166,13 +166,13 @@ def finish_gradient(job, c, sum_dy, dot):
 
 @point
 def round_affine(job, j, width, c):
-    """HIGH, SCALE, LOW of channel c in x's dtype (design, D), at column j."""
+    """HIGH, LOW, SCALE of channel c in x's dtype (design, D), at column j."""
     affine, coef = job.affine, job.coef
     center, scale, shift = affine[c], affine[job.channels + c], affine[2 * job.channels + c]
     high = rounded(coef, center)
     coef[HIGH * width + j] = high
-    coef[SCALE * width + j] = rounded(coef, scale)
     coef[LOW * width + j] = rounded(coef, shift - (center - high) * scale)
+    coef[SCALE * width + j] = rounded(coef, scale)
 
 
 @point
@@ -643,7 +643,7 @@ def apply_block(job, c0, c1, first, rows, column, length, backward, fused):
     for i in range(c1 - c0):
         c = c1 - 1 - i if job.reduced else c0 + i
         row = first * channels + c
-        for r in range(B + 1 if backward else LOW + 1):
+        for r in range(B + 1 if backward else SCALE + 1):
             store(coef, r * LANES, splat(job.coef[r * channels + c]))
         at, word, stride = row * s + column, row * words + column // LANES, on * channels * s
         apart(apply_rows, (job, at, stride, rows, length, coef, LANES, 0, word, on * channels * words, ahead, backward))
@@ -702,6 +702,12 @@ def slab_moments(job, c0, c1, b):
 
 
 @point
+def signs_again(job):
+    """Whether a backward pass computes the activation's signs again."""
+    return job.slope != 1.0 and not present(job.signs)
+
+
+@point
 def slab_coef(job, c0, c1, coef, first, end):
     """Rows `first` to `end` of the coefficients of channels c0 to c1, for every column."""
     for r in range(first, end):
@@ -717,7 +723,7 @@ def slab_gradients(job, c0, c1, b):
     at, stride, width, word, words = slab_of(job, c0, c1, first)
     channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
     coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
-    slab_coef(job, c0, c1, coef, HIGH, MEAN + 1)
+    slab_coef(job, c0, c1, coef, HIGH if signs_again(job) else MEAN, MEAN + 1)
     apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, s1, s2))
     for c in range(c1 - c0):
         part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
@@ -731,7 +737,8 @@ def apply_slab(job, c0, c1, first, rows, backward, fused):
     ahead = 0 if fused else on * job.ahead
     at, stride, width, word, words = slab_of(job, c0, c1, first + (rows - 1 if job.reduced else 0))
     coef = scratch(job.coef, SLAB_COEF)
-    slab_coef(job, c0, c1, coef, HIGH, B + 1 if backward else LOW + 1)
+    first_coef = SCALE if backward and not signs_again(job) else HIGH
+    slab_coef(job, c0, c1, coef, first_coef, B + 1 if backward else SCALE + 1)
     apart(apply_rows, (job, at, on * stride, rows, width, coef, SLAB, 1, word, on * words, ahead, backward))
 
 
