@@ -458,13 +458,13 @@ static void NAME(column_gradients)(const Job *job, Index t) {
     for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
-/* Output, or dx and dresidual, of the t-th group of rows: after a reduction the last first. */
+/* Output, or dx and dresidual, of the t-th group of rows. */
 static void NAME(apply_group)(const Job *job, Index t, int backward) {
-    const Index columns = job->columns, begin = t * group_of(columns), rows = min(group_of(columns), job->rows - begin);
-    const Index words = words_of(columns, LANES), on = job->reduced ? -1 : 1, first = begin + (job->reduced ? rows - 1 : 0);
+    const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
+    const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, on * columns, rows, columns, coef, columns, 1, first * words, on * words,
-                     on * job->ahead, backward);
+    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead,
+                     backward);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */

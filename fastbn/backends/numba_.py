@@ -23,7 +23,8 @@ G. Several rows are read at a time: one stream after the other leaves memory idl
    gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
-I. After a reduction output goes backwards, row by row: what was read last is still in a cache.
+I. After a reduction output goes backwards, row by row: what was read last is still in a cache. Groups of the column
+   nest go backwards, but not their rows, which lie in one piece (65536x256, backward: 4.6 copies so, 3.2 forward).
 J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
    units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
 """
@@ -796,13 +797,12 @@ def group_of(columns):
 
 @loop
 def apply_group(job, t, backward):
-    """Output, or dx and dresidual, of the t-th group of rows: after a reduction the last first."""
+    """Output, or dx and dresidual, of the t-th group of rows."""
     noinline()
-    columns, begin = job.columns, t * group_of(job.columns)
-    rows, words = min(group_of(columns), job.rows - begin), (columns + LANES - 1) // LANES
-    on, first = (-1, begin + rows - 1) if job.reduced else (1, begin)
-    at, word, ahead = first * columns, first * words, on * job.ahead
-    apart(apply_rows, (job, at, on * columns, rows, columns, job.coef, columns, 1, word, on * words, ahead, backward))
+    columns, first = job.columns, t * group_of(job.columns)
+    rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
+    at, word = first * columns, first * words
+    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, word, words, job.ahead, backward))
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
