@@ -17,7 +17,7 @@ cdef extern from "dispatch.h" nogil:
     const char *instruction_sets[]
     ctypedef struct Job:
         Py_ssize_t n, channels, s, run, columns, rows, block, blocks, ahead
-        int streaming, training, reduced
+        int streaming, training
         double eps, slope
         const void *x
         const void *residual
@@ -114,7 +114,7 @@ def kernel(
     cdef Job job
     job.n, job.channels, job.s = n, channels, s
     job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = run, columns, rows, block, blocks, ahead
-    job.training, job.reduced, job.eps, job.slope = training, reduce and apply, eps, slope
+    job.training, job.eps, job.slope = training, eps, slope
     job.x, job.residual, job.dy = data(x), data(residual), data(dy)
     job.y, job.dx, job.dresidual = data(y, PyBUF_WRITABLE), data(dx, PyBUF_WRITABLE), data(dresidual, PyBUF_WRITABLE)
     job.coef, job.signs = data(coef), <uint16_t *>data(signs)
@@ -138,10 +138,10 @@ def kernel(
             tasks = tasks_of(&job, phase)
             if threads == 1:
                 for t in range(tasks):
-                    kernels.task(&job, backward, phase, tasks - 1 - t if step and job.reduced else t)  # backwards: design, I
+                    kernels.task(&job, backward, phase, t)
             else:
                 for t in prange(tasks, num_threads=threads, schedule="static"):
-                    kernels.task(&job, backward, phase, tasks - 1 - t if step and job.reduced else t)
+                    kernels.task(&job, backward, phase, t)
             if last:
                 kernels.last_row(&job, backward, phase)
             if step == 0 and not fused:

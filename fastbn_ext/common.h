@@ -25,7 +25,7 @@ typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 /* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
 typedef struct {
     Index n, channels, s, run, columns, rows, block, blocks, ahead;
-    int streaming, training, reduced;
+    int streaming, training;
     double eps, slope;
     const void *x, *residual, *dy;
     void *y, *dx, *dresidual, *coef;

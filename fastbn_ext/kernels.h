@@ -353,18 +353,18 @@ static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows,
     }
 }
 
-/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after a
-   reduction the last first. */
+/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after
+   their reduction from the last row to the first. */
 static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Index channels = job->channels, words = words_of(job->s, LANES), on = job->reduced ? -1 : 1;
-    const Index first = k.first + (job->reduced ? k.rows - 1 : 0), ahead = fused ? 0 : on * job->ahead;
+    const Index words = words_of(job->s, LANES), channels = job->channels, on = fused ? -channels : channels;
+    const Index first = k.first + (fused ? k.rows - 1 : 0), ahead = fused ? 0 : job->ahead;
     REAL coef[6 * LANES];
-    for (Index i = 0; i < run.c1 - run.c0; i++) {
-        const Index c = job->reduced ? run.c1 - 1 - i : run.c0 + i, row = first * channels + c;
+    for (Index c = run.c0; c < run.c1; c++) {
+        const Index row = first * channels + c;
         for (Index r = 0; r <= (backward ? B : SCALE); r++)
             NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
-        NAME(apply_rows)(job, row * job->s + k.column, on * channels * job->s, k.rows, k.length, coef, LANES, 0,
-                         row * words + k.column / LANES, on * channels * words, ahead, backward);
+        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0,
+                         row * words + k.column / LANES, on * words, ahead, backward);
     }
 }
 
@@ -424,10 +424,10 @@ static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
         part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
 }
 
-/* Output, or dx and dresidual, of a run of channels in the samples of a block: after a reduction the last first. */
+/* Output, or dx and dresidual, of a run of channels in the samples of a block: after their reduction the last first. */
 static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Slab slab = slab_of(job, run, k.first + (job->reduced ? k.rows - 1 : 0), LANES);
-    const Index on = job->reduced ? -1 : 1, ahead = fused ? 0 : on * job->ahead;
+    const Slab slab = slab_of(job, run, k.first + (fused ? k.rows - 1 : 0), LANES);
+    const Index on = fused ? -1 : 1, ahead = fused ? 0 : job->ahead;
     REAL coef[SLAB_COEF];
     NAME(slab_coef)(job, run, coef, backward && !signs_again(job) ? SCALE : HIGH, backward ? B + 1 : SCALE + 1);
     NAME(apply_rows)(job, slab.at, on * slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, on * slab.words, ahead,

@@ -22,7 +22,7 @@ from numba.extending import (
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 SIZES = ("n", "channels", "s", "run", "columns", "rows", "block", "blocks", "ahead")
-FLAGS = ("streaming", "training", "reduced")
+FLAGS = ("streaming", "training")
 NUMBERS = ("eps", "slope")
 VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtype
 DOUBLES = ("stats", "affine", "grads", "part")
