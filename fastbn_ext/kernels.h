@@ -102,8 +102,8 @@ static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, 
     moments_of(shift, k.rows * k.length, NAME(total)(NAME(plus)(s1, t1)), NAME(total)(NAME(plus)(s2, t2)), mean, m2);
 }
 
-/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
-static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
+/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c; `kind` is known when this is compiled. */
+point void NAME(gradients_of_kind)(const Job *job, Index c, Index b, double *sum_dy, double *dot, const int kind) {
     const Block k = block_to_reduce(job, b);
     const Index words = words_of(job->s, LANES), stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
     const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
@@ -113,51 +113,49 @@ static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_
     W dys = NAME(splat_wide)(0), dots = dys, dys2 = dys, dots2 = dys;
     for (Index row = 0; row < k.rows; row += STREAMS) {
         const Index first = (k.first + row) * job->channels + c, begin = first * job->s + k.column;
-        const Index streams = min(STREAMS, k.rows - row);
+        const Index streams = min(STREAMS, k.rows - row), apart = job->channels * words; /* signs of neighbouring rows */
         const Ahead far = ahead_in(job, k, row);
         const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
-        const uint16_t *sign = job->signs ? job->signs + first * words + k.column / LANES : 0;
-        const Index apart = sign ? job->channels * words : 0; /* signs of neighbouring rows */
+        const uint16_t *sign = kind == SIGNED ? job->signs + first * words + k.column / LANES : 0;
         Index i = 0;
-#define GATED(at, sign) NAME(gated)(NAME(load)(dy + (at)), NAME(load)(x + (at)), high, scale, low, slope, sign)
+#define OPEN(at, word) \
+    (kind == SIGNED ? NAME(mask_of)(sign[word]) : NAME(positive)(NAME(fma)(NAME(load)(x + at) - high, scale, low)))
+#define GATED(at, word) \
+    (kind == PLAIN ? NAME(load)(dy + at) : NAME(activated)(NAME(load)(dy + at), OPEN(at, word), slope))
+#define WIDE_GATED(at, word) (kind == PLAIN ? NAME(load_widened)(dy + at) : NAME(widen)(GATED(at, word)))
         for (int turned = 0; turned < 2; turned++) {
             const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
-            if (slope == 1)
-                for (; i < stop; i += 2 * LANES)
-                    for (Index r = 0, at = i; r < streams; r++, at += stride) {
-                        NAME(prefetch_two)(x + at + ahead);
-                        NAME(prefetch_two)(dy + at + ahead);
-                        W g = NAME(load_widened)(dy + at), g2 = NAME(load_widened)(dy + at + LANES);
-                        dys = NAME(added)(dys, g, one);
-                        dys2 = NAME(added)(dys2, g2, one);
-                        dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
-                        dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
-                    }
-            else
-                for (; i < stop; i += 2 * LANES) {
-                    const uint16_t *word = sign ? sign + i / LANES : 0;
-                    for (Index r = 0, at = i; r < streams; r++, at += stride, word += apart) {
-                        NAME(prefetch_two)(x + at + ahead);
-                        NAME(prefetch_two)(dy + at + ahead);
-                        W g = NAME(widen)(GATED(at, word)), g2 = NAME(widen)(GATED(at + LANES, word ? word + 1 : 0));
-                        dys = NAME(added)(dys, g, one);
-                        dys2 = NAME(added)(dys2, g2, one);
-                        dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
-                        dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
-                    }
+            for (; i < stop; i += 2 * LANES)
+                for (Index r = 0, at = i, word = i / LANES; r < streams; r++, at += stride, word += apart) {
+                    NAME(prefetch_two)(x + at + ahead);
+                    NAME(prefetch_two)(dy + at + ahead);
+                    W g = WIDE_GATED(at, word), g2 = WIDE_GATED(at + LANES, word + 1);
+                    dys = NAME(added)(dys, g, one);
+                    dys2 = NAME(added)(dys2, g2, one);
+                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
                 }
         }
         for (; i < k.length; i += LANES)
             for (Index r = 0, at = min(i, k.length - LANES); r < streams; r++, at += stride) {
-                const V g = GATED(at, sign ? sign + i / LANES + r * apart : 0);
+                const V g = GATED(at, i / LANES + r * apart);
                 const W counted = NAME(widen)((V)((M)g & NAME(last)(k.length - i)));
                 dys = NAME(plus)(dys, counted);
                 dots = NAME(fused)(counted, NAME(minus)(NAME(load_widened)(x + at), around), dots);
             }
+#undef OPEN
 #undef GATED
+#undef WIDE_GATED
     }
     *sum_dy = NAME(total)(NAME(plus)(dys, dys2));
     *dot = NAME(total)(NAME(plus)(dots, dots2));
+}
+
+/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
+static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
+    if (job->slope == 1) NAME(gradients_of_kind)(job, c, b, sum_dy, dot, PLAIN);
+    else if (job->signs) NAME(gradients_of_kind)(job, c, b, sum_dy, dot, SIGNED);
+    else NAME(gradients_of_kind)(job, c, b, sum_dy, dot, ACTIVATED);
 }
 
 /* --- columns ------------------------------------------------------------------------------------------------------ */
