@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(NUMBA, "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
     Mutation(
         NUMBA,
-        "s1, s2 = row_moments(job, c, row, single,",
-        "row_moments(job, c, row, single,",
+        "sum1, sum2 = add(job, c, row, single,",
+        "add(job, c, row, single,",
         "rows left over by four",
         ("tests/test_functional.py",),
     ),

@@ -27,8 +27,6 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-import numpy as np
-
 from fastbn._engine import cache_bytes, is_intel
 
 LANES = 16  # values in a vector: one AVX-512 register of float32
@@ -45,8 +43,6 @@ INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the 
 ROW = LANES  # values from which a row has a loop of its own
 COLUMNS = 256  # values that a folded row should have at least
 LONGEST_FOLD = 1024  # and at most: kernels keep one such row on the stack
-
-_NOTHING = np.empty(0)
 
 
 class Plan(NamedTuple):

@@ -272,8 +272,21 @@ def ahead_in(job, row, column, length):
     return length - AHEAD, (after if row + STREAMS < job.n else 0)
 
 
-# How many rows are read at a time is known when this is compiled: where it was not, a sum went through the stack (of
-# gradients in cache: 10.2 ns for 16 values, 5.3 so).
+@point
+def over_rows(add, job, c, first, rows, column, length, coef, sum1, sum2):
+    """Two sums over rows of a channel, to which `add` adds STREAMS rows at a time, and what is left one by one.
+
+    Their number is known when `add` is compiled: where it was not, sums went through the stack (of gradients in cache:
+    10.2 ns for 16 values, 5.3 so).
+    """
+    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
+    while row + STREAMS <= end:
+        sum1, sum2 = add(job, c, row, four, column, length, coef, sum1, sum2)
+        row += STREAMS
+    while row < end:
+        sum1, sum2 = add(job, c, row, single, column, length, coef, sum1, sum2)
+        row += 1
+    return sum1, sum2
 
 
 @point
@@ -310,13 +323,7 @@ def block_moments(job, c, b):
     first, rows, column, length = block_to_reduce(job, b)
     shift = shift_of(job.x, (first * job.channels + c) * job.s + column)
     around, s1, s2 = splat(shift), splat(0.0), splat(0.0)
-    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
-    while row + STREAMS <= end:
-        s1, s2 = row_moments(job, c, row, four, column, length, around, s1, s2)
-        row += STREAMS
-    while row < end:
-        s1, s2 = row_moments(job, c, row, single, column, length, around, s1, s2)
-        row += 1
+    s1, s2 = over_rows(row_moments, job, c, first, rows, column, length, around, s1, s2)
     return moments_of(shift, rows * length, total(s1), total(s2))
 
 
@@ -379,13 +386,7 @@ def block_gradients(job, c, b):
         splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c]), splat(coef[LOW * channels + c]),
         widen(splat(coef[MEAN * channels + c])),
     )  # fmt: skip
-    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
-    while row + STREAMS <= end:
-        sum_dy, dot = row_gradients(job, c, row, four, column, length, coefs, sum_dy, dot)
-        row += STREAMS
-    while row < end:
-        sum_dy, dot = row_gradients(job, c, row, single, column, length, coefs, sum_dy, dot)
-        row += 1
+    sum_dy, dot = over_rows(row_gradients, job, c, first, rows, column, length, coefs, sum_dy, dot)
     return total(sum_dy), total(dot)
 
 
