@@ -27,7 +27,9 @@ CANARY = """
 import numpy as np
 from fastbn_ext import _kernels
 few = np.zeros(4)
-_kernels.fold(few, few, few, few, 1e-5, few, few, 1000, 8)
+plan = np.zeros(12, np.intp)
+plan[1] = 1000  # channels
+_kernels.kernel(False, False, False, plan, True, True, 0.0, 1.0, 0.0, few, *(None,) * 6, *(few,) * 6, None, few)
 """
 
 

@@ -1,16 +1,17 @@
 """The boundary: what may come in, and how kernels see it.
 
-Kernels want flat arrays in memory order, seen as (N, C, S). Any dense array can be seen so without a copy, whatever the
-order of its axes: the axes before the channel axis in memory make N, those behind it S. Everything else (strided,
-reversed, unaligned) is copied once.
+Kernels want dense memory, seen as (N, C, S). Any dense array can be seen so without a copy, whatever the order of its
+axes: the axes before the channel axis in memory make N, those behind it S. Everything else (strided, reversed,
+unaligned) is copied once.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +21,17 @@ Array = NDArray[Any]
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _SHORT = (np.float16, np.uint8, np.uint16, np.int8, np.int16)
 MEASURED: tuple[np.dtype[Any], ...] = (*FLOATS, *map(np.dtype, _SHORT))  # what statistics are taken of
-EMPTY = {dtype: np.empty(0, dtype) for dtype in FLOATS}
-NO_SIGNS = np.empty(0, np.uint16)
 
 _ALIGNED_C = 0x100 | 0x1  # bits of ndarray.flags.num
 _WRITEABLE = 0x400
 _UPDATABLE = _ALIGNED_C | _WRITEABLE
 
 
-class View(NamedTuple):
-    """A dense array as kernels see it."""
+@dataclass(slots=True)
+class View:
+    """A dense array as kernels see it: (n, c, s) in the order of memory."""
 
     array: Array  # the given one, or a dense copy
-    flat: Array  # (n * c * s,) in memory order, sharing memory with `array`
     n: int
     c: int
     s: int
@@ -88,9 +87,9 @@ def _dtype_in_words(dtype: np.dtype[Any], dtypes: tuple[np.dtype[Any], ...]) -> 
     return str(dtype)
 
 
-@lru_cache(4096, typed=True)
+@lru_cache(4096)
 def _sizes(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
-    """(N, C, S) of a C-contiguous array."""
+    """(N, C, S) of a C-contiguous array; the axis may be counted from the back."""
     axis = channel_axis(axis, len(shape))
     if shape[axis] == 0:
         raise ValueError(f"there must be at least one channel, got none on axis {axis} of shape {shape}")
@@ -146,19 +145,18 @@ def truth(value: Any, name: str) -> bool:
 
 def view(x: Array, axis: int) -> View:
     """`x` as kernels see it, copied only where it is not dense."""
+    if type(axis) is not int:
+        axis = channel_axis(axis, x.ndim)
     if x.flags.num & _ALIGNED_C == _ALIGNED_C:
-        try:
-            return View(x, x.reshape(-1), *_sizes(x.shape, axis))
-        except TypeError:  # what cannot be hashed may still be an integer
-            return View(x, x.reshape(-1), *_sizes(x.shape, channel_axis(axis, x.ndim)))
+        return View(x, *_sizes(x.shape, axis))
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     ordered = x.transpose(order)
     if ordered.flags.num & _ALIGNED_C == _ALIGNED_C:
         position = order.index(channel_axis(axis, x.ndim))
-        return View(x, ordered.reshape(-1), *_sizes(ordered.shape, position))
+        return View(x, *_sizes(ordered.shape, position))
     axis = channel_axis(axis, x.ndim)
     x = x.copy("C")
-    return View(x, x.reshape(-1), *_sizes(x.shape, axis))
+    return View(x, *_sizes(x.shape, axis))
 
 
 def flat(x: Array) -> Array:
@@ -167,12 +165,12 @@ def flat(x: Array) -> Array:
 
 
 def same_layout(x: Array, like: View) -> Array:
-    """Values of `x` flat, in the memory order of `like`."""
+    """`x` itself or a copy, in the memory order of `like`."""
     if x.strides == like.array.strides and x.flags.num & 0x100:
-        return flat(x)
+        return x
     copy = np.empty_like(like.array)
     np.copyto(copy, x)
-    return flat(copy)
+    return copy
 
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> None:
@@ -191,10 +189,12 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str 
         raise ValueError(f"{name} has values that overlap each other: shape {shape}, strides {out.strides}")
 
 
-def check_apart(out: Any, running_mean: Array, running_var: Array) -> None:
+def check_apart(out: Any, running_mean: Array | None, running_var: Array | None) -> None:
     """Refuse an `out` that lies over running statistics: one would overwrite the other."""
     for name, values in (("running_mean", running_mean), ("running_var", running_var)):
-        if isinstance(out, np.ndarray) and np.may_share_memory(out, values) and np.shares_memory(out, values):
+        if values is None or not isinstance(out, np.ndarray):
+            continue
+        if np.may_share_memory(out, values) and np.shares_memory(out, values):
             raise ValueError(f"out shares memory with {name}, which is updated too")
 
 
@@ -208,11 +208,14 @@ def _may_collide(x: Array) -> bool:
     return False
 
 
-def writable_in_place(out: Array, like: View, inputs: tuple[Array, ...]) -> bool:
+def writable_in_place(out: Array, like: View, inputs: tuple[Array | None, ...]) -> bool:
     """Whether kernels may write to `out` directly: laid out like the input, and overlapping no input but exactly."""
     if out.strides != like.array.strides or not out.flags.num & 0x100:
         return False
-    return all(other is out or not np.may_share_memory(out, other) or _same_memory(out, other) for other in inputs)
+    return all(
+        other is None or other is out or not np.may_share_memory(out, other) or _same_memory(out, other)
+        for other in inputs
+    )
 
 
 def _same_memory(a: Array, b: Array) -> bool:

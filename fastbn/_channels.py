@@ -1,4 +1,4 @@
-"""What follows from the sums of every channel, over arrays of channels: the twin of the kernels' channel arithmetic.
+"""Parameters of every channel, and channel arithmetic over arrays of channels: the twin of the kernels' own.
 
 For those who need something between the sums and the output: statistics over several ranks, layers that normalise with
 others than the batch's. Operation by operation as in the kernels, so that results are theirs to the bit unless a C
@@ -7,7 +7,7 @@ compiler fuses a multiplication and an addition.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,66 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def finish_statistics(
-    count: float, mean: Array, m2: Array, weight: Array, bias: Array, eps: float
-) -> tuple[Array, Array]:
-    """`stats` and `affine` of training, from the moments of `count` values a channel; weight and bias may be empty."""
-    stats, affine = np.empty((3, len(mean))), np.empty((3, len(mean)))
+class Parameters(NamedTuple):
+    """A layer's vectors of one value a channel: all of one dtype, or None where they are not there."""
+
+    weight: Array | None = None
+    bias: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    wide: bool = False  # whether they are float64, and not float32
+
+    @classmethod
+    def of(
+        cls,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array | None = None,
+        running_var: Array | None = None,
+    ) -> Self:
+        """The vectors themselves where they share a dtype, else float64 copies."""
+        vectors: tuple[Array | None, ...] = (weight, bias, running_mean, running_var)
+        itemsizes = {vector.itemsize for vector in vectors if vector is not None}
+        if len(itemsizes) > 1:
+            vectors = tuple(None if vector is None else vector.astype(np.float64) for vector in vectors)
+        return cls._make((*vectors, 8 in itemsizes))
+
+
+def finish_statistics(count: float, mean: Array, m2: Array, parameters: Parameters, eps: float) -> tuple[Array, Array]:
+    """`stats` and `affine` of training, from the moments of `count` values a channel."""
     with np.errstate(all="ignore"):
-        stats[0] = mean
-        stats[1] = m2 / count
-        stats[2] = 1 / np.sqrt(stats[1] + eps)
+        stats, affine = _normalisation(mean, m2 / count, parameters, eps)
         affine[0] = mean
-        affine[1] = (weight if weight.size else 1.0) * stats[2]
-        affine[2] = bias if bias.size else 0.0
     return stats, affine
+
+
+def fold(parameters: Parameters, eps: float) -> tuple[Array, Array]:
+    """`stats` and `affine` of inference, from the running statistics: the center is 0."""
+    assert parameters.running_mean is not None
+    assert parameters.running_var is not None
+    with np.errstate(all="ignore"):
+        stats, affine = _normalisation(parameters.running_mean, parameters.running_var, parameters, eps)
+        affine[2] -= stats[0] * affine[1]
+    return stats, affine
+
+
+def _normalisation(mean: Array, var: Array, parameters: Parameters, eps: float) -> tuple[Array, Array]:
+    """`stats`, and `affine` around 0 with the bias as its shift."""
+    stats, affine = np.empty((3, len(mean))), np.zeros((3, len(mean)))
+    stats[0] = mean
+    stats[1] = var
+    stats[2] = 1 / np.sqrt(stats[1] + eps)
+    affine[1] = stats[2] if parameters.weight is None else parameters.weight * stats[2]
+    affine[2] = 0.0 if parameters.bias is None else parameters.bias
+    return stats, affine
+
+
+def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
+    unbiased = count / (count - 1)
+    with np.errstate(all="ignore"):
+        running_mean[:] = (1 - factor) * running_mean.astype(np.float64) + factor * stats[0]
+        running_var[:] = (1 - factor) * running_var.astype(np.float64) + factor * (unbiased * stats[1])
 
 
 def finish_gradient(sums: Array, count: float, stats: Array, affine: Array, dtype: np.dtype[Any]) -> Array:

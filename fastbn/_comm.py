@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import functional as F
 from fastbn._arrays import FLOATS, Array, View, described
-from fastbn._channels import finish_gradient
+from fastbn._channels import Parameters, finish_gradient
 from fastbn._merge import merge
 
 # What a rank is doing.
@@ -36,17 +36,13 @@ class Inputs(NamedTuple):
     x: View
     residual: Any
     out: Array | None
-    weight: Array
-    bias: Array
-
-
-Running = tuple[Array, Array] | None
+    parameters: Parameters
 
 
 class Detour(Protocol):
     """What takes a layer's training statistics elsewhere: to other ranks, to a pool of batches, or to both."""
 
-    def forward(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
+    def forward(self, layer: Any, given: Inputs) -> tuple[Array, F.Saved]:
         """Output and what it leaves for the backward."""
 
     def gradients(
@@ -77,16 +73,16 @@ class Ranks:
 
     # --- what a layer calls ---
 
-    def forward(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
+    def forward(self, layer: Any, given: Inputs) -> tuple[Array, F.Saved]:
         """Output and what it leaves for the backward; the running statistics follow those of all ranks."""
         y, saved = self.normalize(layer, given)
-        if saved.total and layer.track_running_stats and running is not None:
-            layer._track(running, saved, saved.total)
+        if saved.total:
+            layer._track(given.parameters, saved, saved.total)
         return y, saved
 
     def normalize(self, layer: Any, given: Inputs, least: int = 2) -> tuple[Array, F.Saved]:
         """Normalise with the statistics of all ranks' batches, of at least so many values a channel if not of none."""
-        x, residual, out, weight, bias = given
+        x, residual, out, parameters = given
         with self._joining(FORWARD, x.array.dtype) as exchange:
 
             def merged(count: int, mean: Array, m2: Array) -> tuple[int, Array, Array]:
@@ -103,7 +99,7 @@ class Ranks:
                     )
                 return total, mean, m2
 
-            return F._normalize_merged(x, residual, weight, bias, layer.eps, layer._slope, out, merged)
+            return F._normalize_merged(x, residual, parameters, layer.eps, layer._slope, out, merged)
 
     def gradients(
         self, layer: Any, saved: F.Saved, dy: Any, out: Array | None

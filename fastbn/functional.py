@@ -7,22 +7,20 @@ underscore are what the layers are made of: they take checked vectors and keep w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn._arrays import (
-    EMPTY,
     MEASURED,
-    NO_SIGNS,
     Array,
     View,
     channel_axis,
     channel_vector,
     check_apart,
     check_out,
-    flat,
     floating,
     real,
     same_layout,
@@ -30,7 +28,7 @@ from fastbn._arrays import (
     view,
     writable_in_place,
 )
-from fastbn._channels import finish_statistics
+from fastbn._channels import Parameters, finish_statistics, fold
 from fastbn._engine import kernels
 from fastbn._memory import empty_like
 from fastbn.moments import Moments, NanPolicy
@@ -38,13 +36,14 @@ from fastbn.moments import Moments, NanPolicy
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_forward", "moments", "scale_shift"]
 
 
-class Saved(NamedTuple):
+@dataclass(slots=True)
+class Saved:
     """What a forward leaves for its backward."""
 
     x: View
     stats: Array  # (3, C) float64: mean, var, invstd
     affine: Array  # (3, C) float64: center, scale, shift
-    signs: Array  # of the activation, where it cannot be computed again from x
+    signs: Array | None  # of the activation, where it cannot be computed again from x
     slope: float
     batch: bool  # whether the statistics were the batch's own
     residual: bool
@@ -111,25 +110,22 @@ def batch_norm(
     momentum = real(momentum, "momentum")
     training = training if training is True else truth(training, "training")
     xv = view(_at_least_1d(floating(x)), axis)
-    weight, bias = _parameters(weight, bias, xv.c)
+    vectors = _weight_and_bias(weight, bias, xv.c)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None or running_var is None:
         if not training:
             raise ValueError("running_mean must be defined in evaluation mode")
-        running = None
-    else:
-        running = _of_one_dtype(*_running_vectors(running_mean, running_var, xv.c, update=training))
-    if training:
-        if out is not None and running is not None:
-            check_apart(out, *running)
-        y, saved = _normalize_batch(xv, None, weight, bias, eps, 1.0, out)
-        if running is not None and xv.flat.size:
-            _update_running(running, saved.stats, xv.n * xv.s, momentum)
-            _write_back(running, (running_mean, running_var))
-        return y
-    assert running is not None
-    return _normalize_running(xv, None, weight, bias, running[0], running[1], eps, 1.0, out)[0]
+        return _normalize_batch(xv, None, Parameters.of(*vectors), eps, 1.0, out)[0]
+    running = _running_vectors(running_mean, running_var, xv.c, update=training)
+    parameters = Parameters.of(*vectors, *running)
+    if not training:
+        return _normalize_running(xv, None, parameters, eps, 1.0, out)[0]
+    if out is not None:
+        check_apart(out, *running)
+    y, _ = _normalize_batch(xv, None, parameters, eps, 1.0, out, momentum)
+    _write_back(parameters, running_mean, running_var)
+    return y
 
 
 def batch_norm_forward(
@@ -156,8 +152,8 @@ def batch_norm_forward(
         The batch's mean and ``1 / sqrt(var + eps)`` with its biased variance.
     """
     xv = view(_at_least_1d(floating(x)), axis)
-    weight, bias = _parameters(weight, bias, xv.c)
-    y, saved = _normalize_batch(xv, None, weight, bias, eps, 1.0, out)
+    parameters = Parameters.of(*_weight_and_bias(weight, bias, xv.c))
+    y, saved = _normalize_batch(xv, None, parameters, eps, 1.0, out)
     return y, saved.stats[0], saved.stats[2]
 
 
@@ -208,7 +204,7 @@ def batch_norm_backward(
         weight = channel_vector(weight, "weight", xv.c)
         affine[1] *= weight
         dtype = weight.dtype
-    saved = Saved(xv, statistics, affine, NO_SIGNS, 1.0, truth(training, "training"), False, False)
+    saved = Saved(xv, statistics, affine, None, 1.0, truth(training, "training"), False, False)
     dx, _, dweight, dbias = _gradients(dy, saved, dtype, out)
     return dx, dweight, dbias
 
@@ -266,19 +262,25 @@ def moments(
 
 
 def _normalize_batch(
-    xv: View, residual: Any, weight: Array, bias: Array, eps: float, slope: float, out: Array | None
+    xv: View,
+    residual: Any,
+    parameters: Parameters,
+    eps: float,
+    slope: float,
+    out: Array | None,
+    factor: float | None = None,
 ) -> tuple[Array, Saved]:
-    """Training forward: the batch's statistics, then the output."""
+    """Training forward: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
     eps = real(eps, "eps")
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     count = xv.n * xv.s
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
-    target, y, res, signs = _prepare(xv, residual, slope, out, (weight, bias))
+    target, y, res, signs = _prepare(xv, residual, slope, out, parameters[:2])
     stats, affine = np.empty((3, xv.c)), np.empty((3, xv.c))
-    if xv.flat.size:
-        kernels().forward(xv.flat, res, weight, bias, eps, slope, xv.n, xv.c, xv.s, flat(y), signs, stats, affine)
+    if xv.array.size:
+        kernels().forward(xv.array, res, parameters, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, stats, affine)
     else:
         stats[:], affine[:] = np.nan, 0.0
     saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv))
@@ -288,8 +290,7 @@ def _normalize_batch(
 def _normalize_merged(
     xv: View,
     residual: Any,
-    weight: Array,
-    bias: Array,
+    parameters: Parameters,
     eps: float,
     slope: float,
     out: Array | None,
@@ -299,54 +300,42 @@ def _normalize_merged(
     eps = real(eps, "eps")
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    target, y, res, signs = _prepare(xv, residual, slope, out, (weight, bias))
+    target, y, res, signs = _prepare(xv, residual, slope, out, parameters[:2])
     size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
-    if xv.flat.size:
-        kernels().moments(xv.flat, *size, mean, np.empty(xv.c), m2)
+    if xv.array.size:
+        kernels().moments(xv.array, *size, mean, np.empty(xv.c), m2)
     total, mean, m2 = merged(xv.n * xv.s, mean, m2)
-    stats, affine = finish_statistics(max(total, 1), mean, m2, weight, bias, eps)
-    if xv.flat.size:
-        kernels().transform(xv.flat, res, affine, slope, *size, flat(y), signs)
+    stats, affine = finish_statistics(max(total, 1), mean, m2, parameters, eps)
+    if xv.array.size:
+        kernels().transform(xv.array, res, affine, slope, *size, y, signs)
     saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv), total)
     return _delivered(y, target), saved
 
 
 def _normalize_running(
-    xv: View,
-    residual: Any,
-    weight: Array,
-    bias: Array,
-    running_mean: Array,
-    running_var: Array,
-    eps: float,
-    slope: float,
-    out: Array | None,
+    xv: View, residual: Any, parameters: Parameters, eps: float, slope: float, out: Array | None
 ) -> tuple[Array, Saved]:
-    """Inference forward: one scale and one shift a channel."""
+    """Inference forward: one scale and one shift a channel, from the running statistics."""
     eps = real(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    stats, affine = _running_affine(running_mean, running_var, weight, bias, eps)
-    y, signs, overwritten = _transform(xv, residual, affine, slope, out)
-    return y, Saved(xv, stats, affine, signs, slope, False, residual is not None, overwritten)
-
-
-def _running_affine(
-    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float
-) -> tuple[Array, Array]:
-    """`stats` and `affine` of inference."""
-    stats, affine = np.empty((3, len(running_mean))), np.empty((3, len(running_mean)))
-    kernels().fold(*_of_one_dtype(running_mean, running_var, weight, bias), eps, stats, affine)
-    return stats, affine
+    target, y, res, signs = _prepare(xv, residual, slope, out, ())
+    if xv.array.size:
+        stats, affine = np.empty((3, xv.c)), np.empty((3, xv.c))
+        kernels().inference(xv.array, res, parameters, eps, slope, xv.n, xv.c, xv.s, y, signs, stats, affine)
+    else:
+        stats, affine = fold(parameters, eps)
+    saved = Saved(xv, stats, affine, signs, slope, False, residual is not None, _overlap(target, xv))
+    return _delivered(y, target), saved
 
 
 def _transform(
     xv: View, residual: Any, affine: Array, slope: float, out: Array | None, keep_signs: bool = True
-) -> tuple[Array, Array, bool]:
+) -> tuple[Array, Array | None, bool]:
     """y = activation((x - center) * scale + shift + residual), its signs, and whether it lies over x."""
     target, y, res, signs = _prepare(xv, residual, slope, out, (), keep_signs)
-    if xv.flat.size:
-        kernels().transform(xv.flat, res, affine, slope, xv.n, xv.c, xv.s, flat(y), signs)
+    if xv.array.size:
+        kernels().transform(xv.array, res, affine, slope, xv.n, xv.c, xv.s, y, signs)
     return _delivered(y, target), signs, _overlap(target, xv)
 
 
@@ -372,17 +361,18 @@ def _gradients(
     assert dx is not None
     dresidual = empty_like(xv.array) if saved.residual else None
     dweight, dbias = np.empty(xv.c, dtype), np.empty(xv.c, dtype)
-    outputs = flat(dx), EMPTY[xv.array.dtype] if dresidual is None else flat(dresidual)
     activation, size = (saved.slope, saved.signs), (xv.n, xv.c, xv.s)
-    if not xv.flat.size:
+    if not xv.array.size:
         dweight[:] = dbias[:] = 0
     elif finish is None:
-        kernels().backward(g, xv.flat, saved.stats, affine, saved.batch, *activation, *size, *outputs, dweight, dbias)
+        kernels().backward(
+            g, xv.array, saved.stats, affine, saved.batch, *activation, *size, dx, dresidual, dweight, dbias
+        )
     else:
         sums = np.empty((2, xv.c))
-        kernels().gradient_sums(g, xv.flat, saved.stats, affine, *activation, *size, sums)
+        kernels().gradient_sums(g, xv.array, saved.stats, affine, *activation, *size, sums)
         grads = finish(sums)
-        kernels().gradient_apply(g, xv.flat, saved.stats, affine, *activation, *size, *outputs, grads)
+        kernels().gradient_apply(g, xv.array, saved.stats, affine, *activation, *size, dx, dresidual, grads)
         dweight[:], dbias[:] = grads[:2]
     return _delivered(dx, target), dresidual, dweight, dbias
 
@@ -398,11 +388,10 @@ def _checked_gradient(dy: Any, x: Array) -> Array:
 
 
 def _prepare(
-    xv: View, residual: Any, slope: float, out: Array | None, others: tuple[Array, ...], keep_signs: bool = True
-) -> tuple[Array | None, Array, Array, Array]:
-    """The caller's `out`, the array to compute into, the flat residual, and room for the activation's signs."""
-    x = xv.array
-    res, signs = EMPTY[x.dtype], NO_SIGNS
+    xv: View, residual: Any, slope: float, out: Array | None, others: tuple[Array | None, ...], keep_signs: bool = True
+) -> tuple[Array | None, Array, Array | None, Array | None]:
+    """The caller's `out`, the array to compute into, the residual laid out as x is, and room for signs."""
+    x, res, signs = xv.array, None, None
     if residual is not None:
         residual = floating(residual, "residual")
         if residual.dtype != x.dtype or residual.shape != x.shape:
@@ -431,33 +420,12 @@ def _overlap(target: Array | None, xv: View) -> bool:
     return target is not None and np.may_share_memory(target, xv.array)
 
 
-def _parameters(weight: Any, bias: Any, channels: int) -> tuple[Array, Array]:
-    """weight and bias as kernels take them: vectors of one dtype, or empty."""
-    weight = None if weight is None else channel_vector(weight, "weight", channels)
-    bias = None if bias is None else channel_vector(bias, "bias", channels)
-    return _pair(weight, bias)
-
-
-def _pair(weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
-    if weight is None and bias is None:
-        return EMPTY[np.dtype(np.float32)], EMPTY[np.dtype(np.float32)]
-    if weight is None:
-        assert bias is not None
-        return EMPTY[bias.dtype], bias
-    if bias is None:
-        return weight, EMPTY[weight.dtype]
-    if weight.dtype != bias.dtype:
-        return weight.astype(np.float64), bias.astype(np.float64)
-    return weight, bias
-
-
-def _of_one_dtype(*vectors: Array) -> tuple[Array, ...]:
-    """The vectors themselves where they share a dtype, else float64 copies."""
-    dtype = vectors[0].dtype
-    for vector in vectors:
-        if vector.dtype is not dtype and vector.dtype != dtype:
-            return tuple(each.astype(np.float64) for each in vectors)
-    return vectors
+def _weight_and_bias(weight: Any, bias: Any, channels: int) -> tuple[Array | None, Array | None]:
+    """weight and bias as kernels take them, or None."""
+    return (
+        None if weight is None else channel_vector(weight, "weight", channels),
+        None if bias is None else channel_vector(bias, "bias", channels),
+    )
 
 
 def _running_vectors(running_mean: Any, running_var: Any, channels: int, update: bool) -> tuple[Array, Array]:
@@ -468,16 +436,12 @@ def _running_vectors(running_mean: Any, running_var: Any, channels: int, update:
     return mean, var
 
 
-def _update_running(running: tuple[Array, ...], stats: Array, count: int, factor: float) -> None:
-    mean, var = running
-    kernels().update_running(mean, var, stats, count, factor)
-
-
-def _write_back(updated: tuple[Array, ...], given: tuple[Any, Any]) -> None:
-    """Copy to the caller's arrays what was updated in contiguous copies of them."""
-    for vector, target in zip(updated, given, strict=True):
-        if vector is not target:
-            np.copyto(target, vector)
+def _write_back(updated: Parameters, running_mean: Array | None, running_var: Array | None) -> None:
+    """Copy to the caller's arrays what was updated in copies of them."""
+    if updated.running_mean is not running_mean or updated.running_var is not running_var:
+        for vector, target in ((updated.running_mean, running_mean), (updated.running_var, running_var)):
+            if vector is not None and target is not None and vector is not target:
+                np.copyto(target, vector)
 
 
 def _at_least_1d(x: Array) -> Array:

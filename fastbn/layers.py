@@ -27,12 +27,12 @@ from fastbn._arrays import (
     truth,
     view,
 )
+from fastbn._channels import Parameters, fold, update_running
 from fastbn._comm import BACKWARD, Detour, Inputs, ranks_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
 Activation = str | tuple[str, float] | None
-Operands = tuple[Array, Array, tuple[Array, Array] | None]
 
 
 class IncompatibleKeys(NamedTuple):
@@ -79,7 +79,7 @@ class _BatchNorm:
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
         self._saved: F.Saved | None = None
-        self._checked: tuple[tuple[Any, ...], Operands] | None = None  # see `_operands`
+        self._checked: tuple[tuple[Any, ...], Parameters] | None = None  # see `_parameters`
         if self.affine:
             self.params["weight"] = np.ones(self.num_features, self.dtype)
             if truth(bias, "bias"):
@@ -130,25 +130,24 @@ class _BatchNorm:
                     f"expected {self.num_features} channels on axis {self.axis}, "
                     f"got {xv.c} in an input of shape {array.shape}"
                 )
-            weight, bias, running = self._operands()
+            parameters = self._parameters()
             if type(self.momentum) is not float:
                 self.momentum = _momentum(self.momentum)
-            if out is not None and running is not None and self.training:
-                check_apart(out, *running)
+            if out is not None and self.training:
+                check_apart(out, parameters.running_mean, parameters.running_var)
         except Exception as error:
             if self._detour is not None and self.training:
                 self._detour.refuse(error)
             raise
         if self._detour is not None and self.training:
-            y, saved = self._detour.forward(self, Inputs(xv, residual, out, weight, bias), running)
-        elif self.training or running is None:
-            y, saved = F._normalize_batch(xv, residual, weight, bias, self.eps, self._slope, out)
-            if self.training and self.track_running_stats and running is not None and array.size:
-                self._track(running, saved, xv.n * xv.s)
+            y, saved = self._detour.forward(self, Inputs(xv, residual, out, parameters))
+        elif self.training or parameters.running_mean is None:
+            factor = self._factor(parameters) if self.training else None
+            y, saved = F._normalize_batch(xv, residual, parameters, self.eps, self._slope, out, factor)
+            if factor is not None and array.size:
+                self._tracked(parameters)
         else:
-            y, saved = F._normalize_running(
-                xv, residual, weight, bias, running[0], running[1], self.eps, self._slope, out
-            )
+            y, saved = F._normalize_running(xv, residual, parameters, self.eps, self._slope, out)
         self._saved = saved
         return y
 
@@ -199,21 +198,21 @@ class _BatchNorm:
             return self._detour.gradients(self, saved, dy, out)
         return F._gradients(dy, saved, self.dtype, out)
 
-    def _operands(self) -> Operands:
+    def _parameters(self) -> Parameters:
         """weight, bias and running statistics, checked: the very arrays of the last call are not checked again."""
         weight, bias = self.params.get("weight"), self.params.get("bias")
         mean, var = self.running_mean, self.running_var
         if self._checked is not None:
-            before, operands = self._checked
+            before, parameters = self._checked
             same = before[0] is weight and before[1] is bias and before[2] is mean and before[3] is var
             if same and not (self.training and _read_only(mean, var)):
-                return operands
-        running = self._running(self.training)
-        operands = *F._parameters(weight, bias, self.num_features), running
-        given, kept = (weight, bias, mean, var), (*operands[:2], *(running or (None, None)))
-        as_given = all(a is None or a is b for a, b in zip(given, kept, strict=True))
-        self._checked = (given, operands) if as_given else None  # copies grow stale
-        return operands
+                return parameters
+        running = self._running(self.training) or (None, None)
+        parameters = Parameters.of(*F._weight_and_bias(weight, bias, self.num_features), *running)
+        given = (weight, bias, mean, var)
+        as_given = all(a is b for a, b in zip(given, parameters, strict=False))
+        self._checked = (given, parameters) if as_given else None  # copies grow stale
+        return parameters
 
     def _running(self, update: bool = False) -> tuple[Array, Array] | None:
         """The running statistics, checked, also for being updated in place."""
@@ -232,17 +231,28 @@ class _BatchNorm:
         running = self._running()
         if running is None:
             raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
-        weight, bias = F._parameters(self.weight, self.bias, self.num_features)
-        return F._running_affine(running[0], running[1], weight, bias, _eps(self.eps))
+        vectors = F._weight_and_bias(self.weight, self.bias, self.num_features)
+        return fold(Parameters.of(*vectors, *running), _eps(self.eps))
 
-    def _track(self, running: tuple[Array, Array], saved: F.Saved, count: int) -> None:
-        tracked = (self.num_batches_tracked or 0) + 1
-        factor = 1.0 / tracked if self.momentum is None else self.momentum
-        vectors = F._of_one_dtype(*running)
-        F._update_running(vectors, saved.stats, count, factor)
-        if vectors[0] is not self.running_mean or vectors[1] is not self.running_var:
-            F._write_back(vectors, (self.running_mean, self.running_var))
-        self.num_batches_tracked = tracked
+    def _track(self, parameters: Parameters, saved: F.Saved, count: int) -> None:
+        """Let the running statistics follow those of a forward that left them alone."""
+        factor = self._factor(parameters)
+        if factor is not None:
+            assert parameters.running_mean is not None
+            assert parameters.running_var is not None
+            update_running(parameters.running_mean, parameters.running_var, saved.stats, count, factor)
+            self._tracked(parameters)
+
+    def _factor(self, parameters: Parameters) -> float | None:
+        """Weight of the next batch in the running statistics, None where there are none to follow."""
+        if parameters.running_mean is None or not self.track_running_stats:
+            return None
+        return 1.0 / ((self.num_batches_tracked or 0) + 1) if self.momentum is None else self.momentum
+
+    def _tracked(self, parameters: Parameters) -> None:
+        """The running statistics among the parameters have followed a batch."""
+        F._write_back(parameters, self.running_mean, self.running_var)
+        self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
 
     # --- parameters and modes ---
 

@@ -135,7 +135,7 @@ class Moments:
             return self
         if xv is not None:
             mean, rest, m2 = np.empty((3, xv.c))
-            kernels().moments(xv.flat, xv.n, xv.c, xv.s, mean, rest, m2)
+            kernels().moments(xv.array, xv.n, xv.c, xv.s, mean, rest, m2)
             if not omit or not np.isnan(mean).any():
                 self._add(xv.n * xv.s, mean, rest, m2)
                 return self

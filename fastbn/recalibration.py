@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import functional as F
 from fastbn._arrays import Array, described
-from fastbn._comm import FORWARD, Detour, Inputs, Ranks, Running
+from fastbn._comm import FORWARD, Detour, Inputs, Ranks
 from fastbn.layers import _BatchNorm
 from fastbn.moments import Moments
 
@@ -93,27 +93,28 @@ class _Pool:
         self.below = below
         self.moments, self.batches = Moments.empty(channels), 0
 
-    def forward(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
+    def forward(self, layer: Any, given: Inputs) -> tuple[Array, F.Saved]:
         """Normalise with this batch's statistics, and add them; the running ones wait for the end."""
-        y, saved = self._normalize(layer, given, running)
+        y, saved = self._normalize(layer, given)
         count = given.x.n * given.x.s if saved.total is None else saved.total
         if count:
             self.moments.merge(Moments(count, saved.stats[0], saved.stats[1] * count))
             self.batches += 1
         return y, saved
 
-    def _normalize(self, layer: Any, given: Inputs, running: Running) -> tuple[Array, F.Saved]:
+    def _normalize(self, layer: Any, given: Inputs) -> tuple[Array, F.Saved]:
         if isinstance(self.below, Ranks):
             return self.below.normalize(layer, given, least=1)
         if self.below is not None:
-            return self.below.forward(layer, given, running)
-        x, residual, out, weight, bias = given
+            return self.below.forward(layer, given)
+        x, residual, out, parameters = given
         if x.n * x.s == 1:  # what training refuses
             y, saved = F._normalize_merged(
-                x, residual, weight, bias, layer.eps, layer._slope, out, lambda *moments: moments
+                x, residual, parameters, layer.eps, layer._slope, out, lambda *moments: moments
             )
-            return y, saved._replace(total=None)
-        return F._normalize_batch(x, residual, weight, bias, layer.eps, layer._slope, out)
+            saved.total = None
+            return y, saved
+        return F._normalize_batch(x, residual, parameters, layer.eps, layer._slope, out)
 
     def gradients(
         self, layer: Any, saved: F.Saved, dy: Any, out: Array | None

@@ -15,8 +15,6 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import functional as F
 from fastbn._arrays import (
-    EMPTY,
-    NO_SIGNS,
     Array,
     View,
     channel_axis,
@@ -28,7 +26,7 @@ from fastbn._arrays import (
     view,
     writable_in_place,
 )
-from fastbn._channels import finish_gradient, finish_statistics
+from fastbn._channels import Parameters, finish_gradient, finish_statistics
 from fastbn._engine import kernels
 from fastbn._memory import empty_like
 from fastbn._merge import merge
@@ -112,8 +110,8 @@ class _Variant(_BatchNorm):
         if xv.n * xv.s == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
         mean, m2 = np.zeros(xv.c), np.zeros(xv.c)
-        if xv.flat.size:
-            kernels().moments(xv.flat, xv.n, xv.c, xv.s, mean, np.empty(xv.c), m2)
+        if xv.array.size:
+            kernels().moments(xv.array, xv.n, xv.c, xv.s, mean, np.empty(xv.c), m2)
         return mean, m2
 
     def _batch_axis(self, x: Array) -> int:
@@ -180,22 +178,22 @@ class GhostBatchNorm(_Variant):
         return self.training or self._running() is None
 
     def _train(self, xv: View, residual: Any, out: Array | None) -> tuple[Array, F.Saved, Any]:
-        weight, bias = F._parameters(self.weight, self.bias, self.num_features)
         running = self._running(update=True) if self.training and self.track_running_stats else None
-        if running is not None:
-            check_apart(out, *running)
-        target, y, _, _ = F._prepare(xv, residual, 1.0, out, (weight, bias))
+        check_apart(out, *(running or (None, None)))
+        vectors = F._weight_and_bias(self.weight, self.bias, self.num_features)
+        parameters = Parameters.of(*vectors, *(running or ()))
+        target, y, _, _ = F._prepare(xv, residual, 1.0, out, vectors)
         residual = None if residual is None else floating(residual)
         parts, saved = self._parts(xv), []
         for part in parts:
             inputs, added = view(xv.array[part], self.axis), None if residual is None else residual[part]
-            saved.append(F._normalize_batch(inputs, added, weight, bias, self.eps, self._slope, y[part])[1])
-        if running is not None and xv.flat.size:
+            saved.append(F._normalize_batch(inputs, added, parameters, self.eps, self._slope, y[part])[1])
+        if xv.array.size:
             for ghost in saved:
-                self._track(running, ghost, ghost.x.n * ghost.x.s)
+                self._track(parameters, ghost, ghost.x.n * ghost.x.s)
         nothing = np.empty((3, 0))
         overwritten = F._overlap(target, xv)
-        whole = F.Saved(xv, nothing, nothing, NO_SIGNS, self._slope, True, residual is not None, overwritten)
+        whole = F.Saved(xv, nothing, nothing, None, self._slope, True, residual is not None, overwritten)
         return F._delivered(y, target), whole, list(zip(parts, saved, strict=True))
 
     def _parts(self, xv: View) -> list[tuple[slice, ...]]:
@@ -319,20 +317,20 @@ class BatchRenorm(_Variant):
 
     def _train(self, xv: View, residual: Any, out: Array | None) -> tuple[Array, F.Saved, Any]:
         r_max, d_max = self._limits()
-        weight, bias = F._parameters(self.weight, self.bias, self.num_features)
+        parameters = Parameters.of(*F._weight_and_bias(self.weight, self.bias, self.num_features))
         running_mean = channel_vector(self.running_mean, "running_mean", self.num_features, update=True)
         running_std = channel_vector(self.running_std, "running_std", self.num_features, update=True)
         check_apart(out, running_mean, running_std)
         mean, m2 = self._moments(xv)
-        stats, affine = finish_statistics(max(xv.n * xv.s, 1), mean, m2, weight, bias, self.eps)
+        stats, affine = finish_statistics(max(xv.n * xv.s, 1), mean, m2, parameters, self.eps)
         with np.errstate(all="ignore"):
             std = np.sqrt(stats[1] + self.eps)
             r = np.clip(std / running_std, 1 / r_max, r_max)
             d = np.clip((mean - running_mean) / running_std, -d_max, d_max)
             affine[1] *= r
-            affine[2] += (weight if weight.size else 1.0) * d
+            affine[2] += (1.0 if parameters.weight is None else parameters.weight) * d
         y, saved = self._scale(xv, residual, out, stats, affine, batch=True)
-        if xv.flat.size:
+        if xv.array.size:
             self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
             factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             for running, new in ((self.running_mean, mean), (self.running_std, std)):
@@ -465,18 +463,18 @@ class RunningBatchNorm(_Variant):
         return np.maximum(var, self.LEAST_VARIANCE), (var >= self.LEAST_VARIANCE).astype(np.float64)
 
     def _train(self, xv: View, residual: Any, out: Array | None) -> tuple[Array, F.Saved, Any]:
-        if not xv.flat.size:
+        if not xv.array.size:
             return self._infer(xv, residual, out)
         samples = xv.array.shape[self._batch_axis(xv.array)]
         if samples == 1:
             raise ValueError(f"Expected at least 2 samples when training, got input size {xv.array.shape}")
         share, (mean, m2) = self._share(samples), self._moments(xv)
-        weight, bias = F._parameters(self.weight, self.bias, self.num_features)
+        parameters = Parameters.of(*F._weight_and_bias(self.weight, self.bias, self.num_features))
         kept, added = (1 - share) * self.count, share * (xv.n * xv.s)
         mean, m2 = merge(kept, self._mean, (1 - share) * self.running_m2, added, mean, share * m2)
         count, seen = kept + added, self.num_samples_tracked + samples
         var, free = self._variance(count, m2, seen)
-        stats, affine = finish_statistics(1, mean, var, weight, bias, self.eps)
+        stats, affine = finish_statistics(1, mean, var, parameters, self.eps)
         y, saved = self._scale(xv, residual, out, stats, affine, batch=False)
         self.running_mean, self.running_m2, self.count, self.num_samples_tracked = mean, m2, count, seen
         self.dbias = (1 - share) * self.dbias + share
@@ -567,7 +565,7 @@ class FrozenBatchNorm(_Variant):
         scale[1] = saved.affine[1]
         dresidual = dy.copy() if saved.residual else None
         dx = F._transform(view(dy, self.axis), None, scale, 1.0, out)[0]
-        return dx, dresidual, EMPTY[self.dtype], EMPTY[self.dtype]
+        return dx, dresidual, np.empty(0, self.dtype), np.empty(0, self.dtype)
 
     def _options(self) -> str:
         return f"eps={self.eps}"

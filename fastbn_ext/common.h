@@ -22,14 +22,16 @@ enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
-/* A call's arguments: sizes, plan and arrays, as fastbn/backends/__init__.py describes them; NULL for an empty array. */
+/* A call's plan, see fastbn/backends/_plan.py, and its arguments, see fastbn/backends/__init__.py; NULL for None. */
 typedef struct {
-    Index n, channels, s, run, columns, rows, block, blocks, ahead;
-    int streaming, training;
-    double eps, slope;
+    Index n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead;
+    int training, wide;
+    double eps, slope, factor;
     const void *x, *residual, *dy;
-    void *y, *dx, *dresidual, *coef;
+    void *y, *dx, *dresidual;
     uint16_t *signs;
+    const void *weight, *bias; /* double if `wide`, else float; and so the running statistics */
+    void *running_mean, *running_var, *coef;
     double *stats, *affine, *grads, *part;
 } Job;
 
@@ -129,6 +131,20 @@ point Index size_of(const Job *job, Index b) {
     return k.rows * k.length;
 }
 
+/* Count, and sums (mean and m2 in the row nest), of channel c in part b, its columns together. */
+point Moments sums_of(const Job *job, Index c, Index b) {
+    const Index channels = job->channels, length = job->s, width = job->columns ? job->columns : channels;
+    const double *part = job->part + 2 * b * width;
+    if (!job->columns) return (Moments){size_of(job, b), part[c], part[c + width]};
+    const Index end = b < job->blocks ? width : job->n * channels * length - job->rows * width;
+    Moments sums = {0};
+    for (Index begin = c * length; begin < end; begin += channels * length) {
+        sums.count += length * size_of(job, b);
+        for (Index j = begin; j < begin + length; j++) sums.mean += part[j], sums.m2 += part[j + width];
+    }
+    return sums;
+}
+
 /* Kind of output. GCC leaves tests of what never changes in loops of many (inference with a residual, in cache: 15 ns for
    16 values, 6 so); LLVM does not. */
 point int kind_of(int added, int activated, int signs) {
@@ -175,15 +191,55 @@ point void moments_of(double shift, Index count, double sum1, double sum2, doubl
     *m2 = squares < 0 ? 0 : squares;
 }
 
-/* All that follows from the moments of channel c; `affine` holds weight and bias before. */
-point void finish_statistics(const Job *job, Index c, double mean, double m2) {
-    const double var = m2 / ((double)job->n * job->s), invstd = 1 / sqrt(var + job->eps);
+/* A parameter of channel c, or what stands for it where there is none. */
+point double parameter(const Job *job, const void *values, Index c, double otherwise) {
+    if (!values) return otherwise;
+    return job->wide ? ((const double *)values)[c] : ((const float *)values)[c];
+}
+
+/* Let a parameter of channel c be `value`. */
+point void set_parameter(const Job *job, void *values, Index c, double value) {
+    if (job->wide) ((double *)values)[c] = value;
+    else ((float *)values)[c] = (float)value;
+}
+
+/* `stats` of channel c, and `affine` around 0 with the bias as its shift. */
+point void normalisation(const Job *job, Index c, double mean, double var) {
+    const double invstd = 1 / sqrt(var + job->eps);
     double *stats = job->stats + c, *affine = job->affine + c;
     stats[0] = mean;
     stats[job->channels] = var;
     stats[2 * job->channels] = invstd;
-    affine[0] = mean;
-    affine[job->channels] *= invstd;
+    affine[0] = 0;
+    affine[job->channels] = parameter(job, job->weight, c, 1) * invstd;
+    affine[2 * job->channels] = parameter(job, job->bias, c, 0);
+}
+
+/* Move the running statistics of channel c towards the batch's, the variance unbiased, by `factor`. */
+point void update_running(const Job *job, Index c, double mean, double var) {
+    const double count = (double)job->n * job->s, factor = job->factor;
+    const double mean_before = parameter(job, job->running_mean, c, 0);
+    const double var_before = parameter(job, job->running_var, c, 0);
+    set_parameter(job, job->running_mean, c, (1 - factor) * mean_before + factor * mean);
+    set_parameter(job, job->running_var, c, (1 - factor) * var_before + factor * (count / (count - 1) * var));
+}
+
+/* All that follows from the moments of channel c. */
+point void finish_statistics(const Job *job, Index c, double mean, double m2) {
+    const double var = m2 / ((double)job->n * job->s);
+    normalisation(job, c, mean, var);
+    job->affine[c] = mean;
+    if (job->running_mean) update_running(job, c, mean, var);
+}
+
+/* Inference: `stats` and `affine` from the running statistics; the center is 0. */
+static inline void fold(const Job *job) {
+    double *affine = job->affine;
+    for (Index c = 0; c < job->channels; c++) {
+        const double mean = parameter(job, job->running_mean, c, 0);
+        normalisation(job, c, mean, parameter(job, job->running_var, c, 1));
+        affine[2 * job->channels + c] -= mean * affine[job->channels + c];
+    }
 }
 
 /* All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of

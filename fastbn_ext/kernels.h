@@ -434,15 +434,27 @@ static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
 
-/* Mean and m2 of every column of a chunk of a block of rows, into `part` (blocks, 2, columns). */
+/* The shifts of so many columns from j0 on, whose block begins at `row`. */
+point void NAME(shifts_of)(const Job *job, const REAL *row, Index j0, Index width, REAL *shifts) {
+    const Index length = job->s, pixel = job->channels * length;
+    for (Index j = 0, c = j0 / length % job->channels, k = j0 % length; j < min(pixel, width); j++) {
+        shifts[j] = row[c * length];
+        if (++k == length) k = 0, c++;
+        if (c == job->channels) c = 0;
+    }
+    for (Index j = pixel; j < width; j++) shifts[j] = shifts[j - pixel];
+}
+
+/* Sums of x - shift and of its square for every column of a chunk, into `part` (blocks, 2, columns). */
 static void NAME(column_moments)(const Job *job, Index t) {
     const Chunk q = chunk_of(job, t);
     const Index columns = job->columns, at = q.first * columns + q.column;
-    const REAL *shifts = (const REAL *)job->x + at;
+    const REAL *x = (const REAL *)job->x + at;
     double s1[WIDEST], s2[WIDEST];
-    NAME(sum_moments)(job, at, columns, q.rows, q.width, shifts, s1, s2);
-    for (Index j = 0; j < q.width; j++)
-        moments_of(NAME(shift_of)(shifts + j), q.rows, s1[j], s2[j], q.part + j, q.part + j + columns);
+    REAL shifts[WIDEST];
+    if (columns != job->channels) NAME(shifts_of)(job, x - q.column, q.column, q.width, shifts);
+    NAME(sum_moments)(job, at, columns, q.rows, q.width, columns == job->channels ? x : shifts, s1, s2);
+    for (Index j = 0; j < q.width; j++) q.part[j] = s1[j], q.part[j + columns] = s2[j];
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns). */
@@ -469,18 +481,19 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
 
 /* The parts of channel c together, in order, and what follows from them if output is wanted. */
 static void NAME(finish_channel)(const Job *job, Index c, int backward, int apply) {
-    const Index columns = job->columns, channels = job->channels, length = columns ? job->s : 1;
-    const Index width = columns ? columns : channels;
-    const Index rest = columns ? job->n * channels * job->s - job->rows * columns : 0;
+    const Index columns = job->columns, channels = job->channels, s = job->s;
+    const Index rest = columns ? job->n * channels * s - job->rows * columns : 0;
     Moments total = {0};
     double sum_dy = 0, dot = 0;
-    for (Index begin = c * length; begin < width; begin += channels * length)
-        for (Index j = begin; j < begin + length; j++)
-            for (Index b = 0; b < job->blocks + (j < rest); b++) {
-                const double *part = job->part + 2 * b * width + j;
-                if (backward) sum_dy += part[0], dot += part[width];
-                else merge(&total, (Moments){size_of(job, b), part[0], part[width]});
-            }
+    for (Index b = 0; b < job->blocks + (c * s < rest); b++) {
+        Moments one = sums_of(job, c, b); /* or sums of dy and dy * (x - MEAN) */
+        if (backward) sum_dy += one.mean, dot += one.m2;
+        else {
+            const REAL *first = (const REAL *)job->x + min(b * job->block, job->rows) * columns + c * s;
+            if (columns) moments_of(NAME(shift_of)(first), one.count, one.mean, one.m2, &one.mean, &one.m2);
+            merge(&total, one);
+        }
+    }
     if (apply && backward) finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
     else if (apply) finish_statistics(job, c, total.mean, total.m2);
     else if (backward) {
@@ -543,13 +556,20 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
 /* What comes before a phase: coefficients for every channel or, repeated as the channels are, every column. */
 static void NAME(prepare)(const Job *job, int backward, int phase) {
     const Index width = job->columns ? job->columns : job->channels, length = job->columns ? job->s : 1;
+    const Index channels = job->channels, pixel = channels * length;
     const int apply = phase == APPLY || phase == APPLY_COLUMNS;
-    for (Index j = 0, c = 0, k = 0; j < width; j++) {
-        if (backward != apply) NAME(round_affine)(job, j, c);
-        if (backward && !apply) ((REAL *)job->coef)[MEAN * width + j] = (REAL)job->stats[c];
-        if (backward && apply) NAME(round_gradient)(job, j, c);
-        if (++k == length) k = 0, c++;
-        if (c == job->channels) c = 0;
+    REAL *coef = (REAL *)job->coef;
+    for (Index c = 0; c < channels; c++) {
+        if (backward != apply) NAME(round_affine)(job, c * length, c);
+        if (backward && !apply) coef[MEAN * width + c * length] = (REAL)job->stats[c];
+        if (backward && apply) NAME(round_gradient)(job, c * length, c);
+    }
+    const int first = backward && apply ? A : HIGH, end = !backward ? SCALE + 1 : apply ? B + 1 : MEAN + 1;
+    for (int r = first; r < end; r++) {
+        REAL *row = coef + r * width;
+        for (Index c = 0; c < channels && length > 1; c++)
+            for (Index j = c * length + 1; j < c * length + length; j++) row[j] = row[c * length];
+        for (Index j = pixel; j < width; j++) row[j] = row[j - pixel];
     }
 }
 

@@ -13,7 +13,7 @@ from reference import assert_close, numerical_gradient
 
 import fastbn
 from fastbn import _engine
-from fastbn._channels import finish_gradient, finish_statistics
+from fastbn._channels import Parameters, finish_gradient, finish_statistics
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -118,25 +118,22 @@ def test_sums_and_output_apart_are_both_at_once(backend, case, dtype, activation
     saved = bn._saved
     dx, dresidual = (bn.backward(dy), None) if residual is None else bn.backward(dy)
 
-    (_, flat_x, *sizes), slope, kernels = saved.x, saved.slope, _engine.kernels()
+    slope, kernels = saved.slope, _engine.kernels()
+    sizes = saved.x.n, saved.x.c, saved.x.s
     mean, rest, m2 = np.empty((3, case.channels))
-    kernels.moments(flat_x, *sizes, mean, rest, m2)
-    apart = finish_statistics(case.count, mean, m2, bn.weight, bn.bias, bn.eps)
+    kernels.moments(x, *sizes, mean, rest, m2)
+    apart = finish_statistics(case.count, mean, m2, Parameters(bn.weight, bn.bias, wide=dtype == np.float64), bn.eps)
     stats, affine = saved.stats, saved.affine
     for got, want in zip(apart, (stats, affine), strict=True):
         assert_close(got, want.reshape(got.shape), 1e-12)
-    empty = np.empty(0, dtype)
-    flat_residual = empty if residual is None else residual.reshape(-1)
-    again, signs = np.empty_like(flat_x), np.empty_like(saved.signs)
-    kernels.transform(flat_x, flat_residual, affine, slope, *sizes, again, signs)
+    again, signs = np.empty_like(x), None if saved.signs is None else np.empty_like(saved.signs)
+    kernels.transform(x, residual, affine, slope, *sizes, again, signs)
 
-    sums, again_dx = np.empty((2, case.channels)), np.empty_like(flat_x)
-    again_dresidual = empty if residual is None else np.empty_like(flat_x)
-    kernels.gradient_sums(dy.reshape(-1), flat_x, stats, affine, slope, signs, *sizes, sums)
-    grads = finish_gradient(sums, case.count, stats, affine, flat_x.dtype)
-    kernels.gradient_apply(
-        dy.reshape(-1), flat_x, stats, affine, slope, signs, *sizes, again_dx, again_dresidual, grads
-    )
+    sums, again_dx = np.empty((2, case.channels)), np.empty_like(x)
+    again_dresidual = None if residual is None else np.empty_like(x)
+    kernels.gradient_sums(dy, x, stats, affine, slope, signs, *sizes, sums)
+    grads = finish_gradient(sums, case.count, stats, affine, x.dtype)
+    kernels.gradient_apply(dy, x, stats, affine, slope, signs, *sizes, again_dx, again_dresidual, grads)
     pairs = [
         (again, y),
         (again_dx, dx),

@@ -31,9 +31,9 @@ def streaming(monkeypatch) -> Iterator[None]:
     """Make the plan stream, as if the cache were small and the CPU one that gains by it."""
     monkeypatch.setattr(_plan, "cache_bytes", lambda level: 1)
     monkeypatch.setattr(_plan, "is_intel", lambda: False)
-    _plan.plan.cache_clear()
+    _plan.cut.cache_clear()
     yield
-    _plan.plan.cache_clear()
+    _plan.cut.cache_clear()
 
 
 def layer(case: Case, channels: int, **options) -> fastbn.BatchNorm2d:
@@ -97,26 +97,28 @@ def test_what_is_not_there_does_not_keep_numba_from_streaming(backend):
     """Arrays that a pass has no use for are null pointers, which are equal."""
     if backend != "numba":
         return
-    from numba import njit
+    from numba import float32, njit
 
     from fastbn.backends import _job, numba_
+    from fastbn.backends._buffers import Buffer, entry_of
 
-    none, x, dy, out = np.empty(0, np.float32), *(np.zeros(16, np.float32) for _ in range(3))
-    rest = (np.empty(0, np.uint16), *(np.empty(0),) * 4)
+    x, dy, out = (np.zeros(16, np.float32) for _ in range(3))
 
-    @njit
-    def streams(arguments):
-        return numba_.can_stream(_job.make_job(arguments))
+    @njit((Buffer(float32),) * 5)
+    def streams(x, residual, dy, y, dx):
+        wide = numba_.seen_as(x, np.float64)
+        job = _job.make_job(numba_.seen_as(x, np.intp), (
+            True, False, 0.0, 1.0, 0.0, x, residual, dy, y, dx, x, numba_.seen_as(x, np.uint16),
+            x, x, x, x, wide, wide, wide, wide,
+        ))  # fmt: skip
+        return numba_.can_stream(job)
 
-    def can_stream(x, residual, dy, y, dx):
-        sizes, flags, numbers = (0,) * len(_job.SIZES), (True,) * len(_job.FLAGS), (0.0, 1.0)
-        return streams((*sizes, *flags, *numbers, x, residual, dy, y, dx, none, none, *rest))
-
-    assert can_stream(x, none, none, out, none)
-    assert can_stream(x, none, dy, none, out)
-    assert not can_stream(x, none, none, x, none)
-    assert not can_stream(x, out, none, out, none)
-    assert not can_stream(x, none, dy, none, dy)
+    can_stream = entry_of(streams)
+    assert can_stream(x, None, None, out, None)
+    assert can_stream(x, None, dy, None, out)
+    assert not can_stream(x, None, None, x, None)
+    assert not can_stream(x, out, None, out, None)
+    assert not can_stream(x, None, dy, None, dy)
 
 
 @pytest.mark.parametrize("case", STREAMED, ids=str)

@@ -19,36 +19,49 @@ from numba.extending import (
     register_model,
 )
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+from fastbn.backends._plan import Plan
 
-SIZES = ("n", "channels", "s", "run", "columns", "rows", "block", "blocks", "ahead")
-FLAGS = ("streaming", "training")
-NUMBERS = ("eps", "slope")
-VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtype
-DOUBLES = ("stats", "affine", "grads", "part")
-FIELDS = (*SIZES, *FLAGS, *NUMBERS, *VALUES, "signs", *DOUBLES)
+_I32 = ir.IntType(32)
+
+_FLAGS = ("training", "wide")
+_NUMBERS = ("eps", "slope", "factor")
+_VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtype
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # of float64 if `wide`, else of float32
+_DOUBLES = ("stats", "affine", "grads", "part")
+
+# What a kernel is called with, behind the plan; `coef` lies behind the parts.
+ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES)
+FIELDS = (*Plan._fields, *ARGUMENTS, "coef")
+
+
+def kinds_of(real):
+    """Types of all `FIELDS`, for values of a Numba type."""
+    return {
+        **dict.fromkeys(Plan._fields, types.intp),
+        "split": types.boolean,
+        "streaming": types.boolean,
+        **dict.fromkeys(_FLAGS, types.boolean),
+        **dict.fromkeys(_NUMBERS, types.float64),
+        **dict.fromkeys(_VALUES, types.CPointer(real)),
+        "signs": types.CPointer(types.uint16),
+        **dict.fromkeys(_PARAMETERS, types.CPointer(types.float32)),
+        **dict.fromkeys(_DOUBLES, types.CPointer(types.float64)),
+    }
 
 
 class Job(types.Type):
-    """Pointer to the arguments of a call on arrays of one dtype. Arrays are pointers in it, null if they are empty."""
+    """Pointer to a call's plan and arguments, for values of one dtype."""
 
     def __init__(self, real):
         self.real = real
-        self.fields = {
-            **dict.fromkeys(SIZES, types.intp),
-            **dict.fromkeys(FLAGS, types.boolean),
-            **dict.fromkeys(NUMBERS, types.float64),
-            **dict.fromkeys(VALUES, types.CPointer(real)),
-            "signs": types.CPointer(types.uint16),
-            **dict.fromkeys(DOUBLES, types.CPointer(types.float64)),
-        }
+        self.fields = kinds_of(real)
         super().__init__(name=f"Job({real})")
 
 
 @register_model(Job)
 class _JobModel(models.PrimitiveModel):
     def __init__(self, manager, job):
-        fields = [manager.lookup(kind).get_value_type() for kind in job.fields.values()]
+        fields = [manager.lookup(job.fields[name]).get_value_type() for name in FIELDS]
         super().__init__(manager, job, ir.LiteralStructType(fields).as_pointer())
 
 
@@ -82,24 +95,20 @@ def copy_of(typing, job):
 
 
 @intrinsic
-def make_job(typing, arguments):
-    """The job of a tuple of all `FIELDS`, whose arrays become pointers. It lives as long as its maker runs."""
-    job = Job(arguments[FIELDS.index("coef")].dtype)
+def make_job(typing, plan, arguments):
+    """The job of a plan, a pointer to its fields, and of a tuple of all `ARGUMENTS`. It lives as long as its maker."""
+    job = Job(arguments[ARGUMENTS.index("x")].dtype)
 
     def build(context, builder, signature, args):
         room = cgutils.alloca_once(builder, context.get_value_type(job).pointee)
-        values = cgutils.unpack_tuple(builder, args[0])
-        for i, (value, kind, field) in enumerate(zip(values, arguments, job.fields.values(), strict=True)):
-            if isinstance(kind, types.Array):
-                array = context.make_array(kind)(context, builder, value)
-                empty = builder.icmp_signed("==", array.nitems, _I64(0))
-                stored = builder.select(empty, ir.Constant(array.data.type, None), array.data)
-            else:
-                stored = context.cast(builder, value, kind, field)
-            builder.store(stored, builder.gep(room, [_I32(0), _I32(i)]))
+        loaded = [builder.load(builder.gep(args[0], [_I32(i)])) for i in range(len(Plan._fields))]
+        kinds = [job.fields[name] for name in Plan._fields]
+        cut = [context.cast(builder, value, types.intp, kind) for value, kind in zip(loaded, kinds, strict=True)]
+        for i, value in enumerate((*cut, *cgutils.unpack_tuple(builder, args[1]))):
+            builder.store(value, builder.gep(room, [_I32(0), _I32(i)]))
         return room
 
-    return job(arguments), build
+    return job(plan, arguments), build
 
 
 _parts: dict[Job, list[object]] = {}

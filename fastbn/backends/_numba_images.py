@@ -22,11 +22,12 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 from numba.np.numpy_support import from_dtype
 
-from fastbn.backends import _plan, _vectors, numba_
+from fastbn.backends import _buffers, _plan, _vectors, numba_
+from fastbn.backends._buffers import Buffer
 from fastbn.backends._cache import digest_of
 from fastbn.backends._images import HALF, INTEGERS, lanes
 from fastbn.backends._plan import LONGEST_FOLD
-from fastbn.backends._vectors import ahead_of, noinline, pointer, prefetch, scratch, team
+from fastbn.backends._vectors import ahead_of, noinline, prefetch, scratch, team
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
@@ -381,8 +382,7 @@ def finished(total, squares, count):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _integers(threads, tasks, length, pieces, piece, width, tile, whole, x_, part_):
-    x, part = pointer(x_), pointer(part_)
+def _integers(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
     if threads == 1:
         for t in range(tasks):
             integer_task(x, t, length, pieces, piece, width, tile, whole, part)
@@ -393,8 +393,7 @@ def _integers(threads, tasks, length, pieces, piece, width, tile, whole, x_, par
         team(before)
 
 
-def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x_, part_):
-    x, part = pointer(x_), pointer(part_)
+def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
     if threads == 1:
         for t in range(tasks):
             float_task(x, t, length, pieces, piece, width, tile, whole, part)
@@ -405,23 +404,23 @@ def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x_, part_
         team(before)
 
 
-_SOURCE = digest_of((sys.modules[__name__], _vectors, _plan))
+_SOURCE = digest_of((sys.modules[__name__], _vectors, _buffers, _plan))
 
 
 @functools.cache
 def _compiled(name: str, dtype: np.dtype[Any]) -> Any:
     """The kernel for this dtype: from the compile cache, or compiled now and put there if it can be written."""
-    given = types.Array(from_dtype(dtype), 1, "C", readonly=True)
-    part = types.Array(types.int64 if name == "integers" else types.float64, 3, "C")
-    size = types.intp
-    signature = types.void(size, size, size, size, size, size, size, types.boolean, given, part)
+    real = types.uint16 if dtype == HALF else from_dtype(dtype)
+    part = types.int64 if name == "integers" else types.float64
+    signature = types.void(*(types.intp,) * 7, types.boolean, Buffer(real), Buffer(part))
     with global_compiler_lock:
         return _compiled_once(name, dtype, signature)
 
 
 @functools.cache
 def _compiled_once(name: str, dtype: np.dtype[Any], signature: Any) -> Any:
-    return numba_.prepared(globals()[f"_{name}"], f"{name}-{dtype}", _SOURCE, signature, 0)
+    function = numba_.prepared(globals()[f"_{name}"], f"{name}-{dtype}", _SOURCE, signature, parallel=True)
+    return numba_.one_at_a_time(function, lambda arguments: arguments[0])
 
 
 @functools.cache
@@ -434,11 +433,4 @@ def kernel_of(dtype: np.dtype[Any]) -> Any:
     """The kernel for arrays of a dtype, which takes a `Cut` and leaves what the tasks find; None if there is none."""
     if dtype in INTEGERS:
         return _compiled("integers", dtype)
-    if dtype != HALF:
-        return _compiled("floats", dtype)
-    return _half_kernel if _has_half() else None
-
-
-def _half_kernel(*arguments: Any) -> None:
-    *how, x, part = arguments
-    _compiled("floats", np.dtype(np.uint16))(*how, x.view(np.uint16), part)
+    return _compiled("floats", dtype) if dtype != HALF or _has_half() else None

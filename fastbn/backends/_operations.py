@@ -1,7 +1,7 @@
 """A backend's operations as calls of its one kernel: written once for Numba and Cython.
 
-The kernel takes flags (backward, reduce, apply), a `Plan`, sizes, numbers and flat arrays, of which those that are not
-there are empty. `stats` (3, C) is mean, variance and invstd, `affine` (3, C) center, scale and shift, all in float64.
+The kernel takes flags (backward, reduce, apply), a plan, numbers and arrays, which are None where they are not there.
+`stats` (3, C) is mean, variance and invstd, `affine` (3, C) center, scale and shift, all in float64.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn._arrays import EMPTY, NO_SIGNS
+from fastbn._channels import Parameters
 from fastbn.backends import _images, _plan, numpy_
-from fastbn.backends._plan import Plan, plan
+from fastbn.backends._plan import cut
 
 Array = NDArray[Any]
 
-_NO_ROWS, _NO_PARTS = np.empty((0, 0)), np.empty(0)
-
 
 class Operations:
-    """What `fastbn.backends` promises, but for `fold` and `update_running`.
+    """What `fastbn.backends` promises.
 
     Parameters
     ----------
@@ -48,8 +46,8 @@ class Operations:
         self._lanes = lanes
         self._image_kernel_of = image_kernel_of
 
-    def _cut(self, n: int, c: int, s: int, itemsize: int, arrays: int, signs: Array = NO_SIGNS) -> Plan:
-        return plan(n, c, s, itemsize, arrays, self._threads(), signs.size > 0)
+    def _cut(self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None) -> tuple[Array, int]:
+        return cut(n, c, s, x.itemsize, arrays, self._threads(), signs is not None)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""
@@ -60,12 +58,12 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        cut = self._cut(n, c, s, x.itemsize, 1)
-        none, stats = EMPTY[x.dtype], np.empty((2, c))
+        plan, room = self._cut(x, n, c, s, 1)
+        stats = np.empty((2, c))
         self._kernel_of(x.dtype)(
-            *(False, True, False, *cut, n, c, s, True, 0.0, 1.0, x, none, none, none, none, none, none, NO_SIGNS),
-            *(stats, _NO_ROWS, _NO_ROWS, _parts(cut, c)),
-        )
+            False, True, False, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
+            None, None, None, None, stats, None, None, np.empty(room),
+        )  # fmt: skip
         mean[:], m2[:] = stats
         rest[:] = 0.0
 
@@ -74,47 +72,78 @@ class Operations:
         if kernel is None:
             numpy_.moments(x, n, c, s, mean, rest, m2)
             return
-        cut = _images.cut(n, c, s, x.itemsize, self._threads())
-        part = _images.room(cut, x.dtype)
-        kernel(*cut, x, part)
-        _images.finish(part, cut, n, c, s, mean, rest, m2)
+        how = _images.cut(n, c, s, x.itemsize, self._threads())
+        part = _images.room(how, x.dtype)
+        kernel(*how, x, part)
+        _images.finish(part, how, n, c, s, mean, rest, m2)
 
     def forward(
         self,
         x: Array,
-        residual: Array,
-        weight: Array,
-        bias: Array,
+        residual: Array | None,
+        parameters: Parameters,
+        factor: float | None,
         eps: float,
         slope: float,
         n: int,
         c: int,
         s: int,
         y: Array,
-        signs: Array,
+        signs: Array | None,
         stats: Array,
         affine: Array,
     ) -> None:
-        """Training: the batch's statistics, then the output."""
-        cut = self._cut(n, c, s, x.itemsize, 3 if residual.size else 2, signs)
-        affine[1] = weight if weight.size else 1.0
-        affine[2] = bias if bias.size else 0.0
-        none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
+        """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
+        weight, bias, mean, var, wide = parameters
+        if factor is None:
+            factor, mean, var = 0.0, None, None
+        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
         self._kernel_of(x.dtype)(
-            *(False, True, True, *cut, n, c, s, True, eps, slope, x, residual, none, y, none, none, coef, signs),
-            *(stats, affine, _NO_ROWS, _parts(cut, c)),
-        )
+            False, True, True, plan, True, wide, eps, slope, factor, x, residual, None, y, None, None, signs,
+            weight, bias, mean, var, stats, affine, None, np.empty(room),
+        )  # fmt: skip
+
+    def inference(
+        self,
+        x: Array,
+        residual: Array | None,
+        parameters: Parameters,
+        eps: float,
+        slope: float,
+        n: int,
+        c: int,
+        s: int,
+        y: Array,
+        signs: Array | None,
+        stats: Array,
+        affine: Array,
+    ) -> None:
+        """`stats` and `affine` from the running statistics, then the output."""
+        weight, bias, mean, var, wide = parameters
+        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
+        self._kernel_of(x.dtype)(
+            False, False, True, plan, True, wide, eps, slope, 0.0, x, residual, None, y, None, None, signs,
+            weight, bias, mean, var, stats, affine, None, np.empty(room),
+        )  # fmt: skip
 
     def transform(
-        self, x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
+        self,
+        x: Array,
+        residual: Array | None,
+        affine: Array,
+        slope: float,
+        n: int,
+        c: int,
+        s: int,
+        y: Array,
+        signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        cut = self._cut(n, c, s, x.itemsize, 3 if residual.size else 2, signs)
-        none, coef = EMPTY[x.dtype], np.empty(3 * (cut.columns or c), x.dtype)
+        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
         self._kernel_of(x.dtype)(
-            *(False, False, True, *cut, n, c, s, True, 0.0, slope, x, residual, none, y, none, none, coef, signs),
-            *(_NO_ROWS, affine, _NO_ROWS, _NO_PARTS),
-        )
+            False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
+            None, None, None, None, None, affine, None, np.empty(room),
+        )  # fmt: skip
 
     def backward(
         self,
@@ -124,23 +153,22 @@ class Operations:
         affine: Array,
         training: bool,
         slope: float,
-        signs: Array,
+        signs: Array | None,
         n: int,
         c: int,
         s: int,
         dx: Array,
-        dresidual: Array,
+        dresidual: Array | None,
         dweight: Array,
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        cut = self._cut(n, c, s, x.itemsize, 4 if dresidual.size else 3, signs)
+        plan, room = self._cut(x, n, c, s, 3 if dresidual is None else 4, signs)
         grads = np.empty((4, c))
-        none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
         self._kernel_of(x.dtype)(
-            *(True, True, True, *cut, n, c, s, training, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs),
-            *(stats, affine, grads, _parts(cut, c)),
-        )
+            True, True, True, plan, training, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
+            None, None, None, None, stats, affine, grads, np.empty(room),
+        )  # fmt: skip
         dweight[:] = grads[0]
         dbias[:] = grads[1]
 
@@ -151,19 +179,18 @@ class Operations:
         stats: Array,
         affine: Array,
         slope: float,
-        signs: Array,
+        signs: Array | None,
         n: int,
         c: int,
         s: int,
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        cut = self._cut(n, c, s, x.itemsize, 2, signs)
-        none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
+        plan, room = self._cut(x, n, c, s, 2, signs)
         self._kernel_of(x.dtype)(
-            *(True, True, False, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, none, none, coef, signs),
-            *(stats, affine, sums, _parts(cut, c)),
-        )
+            True, True, False, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
+            None, None, None, None, stats, affine, sums, np.empty(room),
+        )  # fmt: skip
 
     def gradient_apply(
         self,
@@ -172,23 +199,17 @@ class Operations:
         stats: Array,
         affine: Array,
         slope: float,
-        signs: Array,
+        signs: Array | None,
         n: int,
         c: int,
         s: int,
         dx: Array,
-        dresidual: Array,
+        dresidual: Array | None,
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        cut = self._cut(n, c, s, x.itemsize, 4 if dresidual.size else 3, signs)
-        none, coef = EMPTY[x.dtype], np.empty(6 * (cut.columns or c), x.dtype)
+        plan, room = self._cut(x, n, c, s, 3 if dresidual is None else 4, signs)
         self._kernel_of(x.dtype)(
-            *(True, False, True, *cut, n, c, s, True, 0.0, slope, x, none, dy, none, dx, dresidual, coef, signs),
-            *(stats, affine, grads, _NO_PARTS),
-        )
-
-
-def _parts(cut: Plan, c: int) -> Array:
-    """Room for the sums of every block, and of the values that fill no row of the column nest."""
-    return np.empty(2 * (cut.blocks + 1) * (cut.columns or c))
+            True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
+            None, None, None, None, stats, affine, grads, np.empty(room),
+        )  # fmt: skip

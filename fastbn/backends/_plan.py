@@ -27,15 +27,19 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastbn._engine import cache_bytes, is_intel
 
 LANES = 16  # values in a vector: one AVX-512 register of float32
 BLOCK = 1 << 14  # values that a block of the row nest has about: its sums are plain, blocks merge by Chan's formula
-COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest, where each column has sums of its own
+COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest at most, and BLOCK of a channel
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
 SHORT = 512  # values: rows shorter than this one are worked on in slabs
 SLAB = 1600  # values that a slab is wide at most, and half of it beyond the cache
 STREAMS = 4  # long rows read at a time
+COEFFICIENTS = 6  # of every channel or column
 PIECE = BLOCK // STREAMS  # values of a piece of a row that is longer
 AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
 COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched
@@ -46,8 +50,11 @@ LONGEST_FOLD = 1024  # and at most: kernels keep one such row on the stack
 
 
 class Plan(NamedTuple):
-    """One call's cut, in the order in which kernels take it."""
+    """One call's sizes and cut, in the order in which kernels take them."""
 
+    n: int
+    channels: int
+    s: int
     threads: int
     split: bool  # statistics and output apart
     streaming: bool
@@ -60,6 +67,16 @@ class Plan(NamedTuple):
 
 
 @lru_cache(4096)
+def cut(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool) -> tuple[NDArray[np.intp], int]:
+    """The `plan` of these arguments as kernels take it, and how many float64 values of room they need.
+
+    That is for the sums of every block, and of the values that fill no row of the column nest; and for coefficients.
+    """
+    made = plan(n, c, s, itemsize, arrays, threads, signs)
+    width = made.columns or c
+    return np.array(made, np.intp), 2 * (made.blocks + 1) * width + -(-COEFFICIENTS * width * itemsize // 8)
+
+
 def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool = False) -> Plan:
     """Cut the work on (n, c, s) values of so many arrays for so many threads.
 
@@ -72,9 +89,9 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
         threads = 1
     if s < ROW:
         columns = _folded_row(c * s)
-        rows, block = size // columns, max(64, COLUMN_BLOCK // columns)
+        rows, block = size // columns, max(64, min(COLUMN_BLOCK, BLOCK * c) // columns)
         ahead = COLUMN_AHEAD if beyond_cache else 0
-        return Plan(threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
+        return Plan(n, c, s, threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
     blocks = _blocks(n, s)
     widest = _widest(c, s, SLAB // 2 if beyond_cache and not signs else SLAB)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
@@ -83,7 +100,7 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
     ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
-    return Plan(threads, split, streaming, run, 0, 0, 0, blocks, ahead)
+    return Plan(n, c, s, threads, split, streaming, run, 0, 0, 0, blocks, ahead)
 
 
 def _folded_row(pixel: int) -> int:

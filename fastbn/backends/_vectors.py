@@ -68,19 +68,6 @@ def _splat(builder, vector, scalar):
 
 
 @intrinsic
-def pointer(typing, array):
-    """Pointer to an array's first value, null for an empty array. It does not keep the array alive."""
-    result = types.CPointer(array.dtype)
-
-    def build(context, builder, signature, args):
-        made = context.make_array(array)(context, builder, args[0])
-        empty = builder.icmp_signed("==", made.nitems, _I64(0))
-        return builder.select(empty, ir.Constant(made.data.type, None), made.data)
-
-    return result(array), build
-
-
-@intrinsic
 def present(typing, x):
     """Whether a pointer is not null."""
 
@@ -108,6 +95,17 @@ def ahead_of(typing, x, i):
         return builder.gep(args[0], [args[1]])
 
     return x(x, types.intp), build
+
+
+@intrinsic
+def seen_as(typing, x, dtype):
+    """The pointer as one to values of another dtype, or to values like those of another pointer."""
+    result = types.CPointer(dtype.dtype if isinstance(dtype, types.CPointer) else dtype.instance_type)
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(result))
+
+    return result(x, dtype), build
 
 
 @intrinsic

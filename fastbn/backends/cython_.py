@@ -31,10 +31,11 @@ def _image_kernel_of(dtype: np.dtype[Any]) -> Callable[..., None]:
 
 
 _operations = Operations(lambda _: _kernels.kernel, _engine.get_num_threads, _kernels.lanes, _image_kernel_of)
-sign_words, moments, forward, transform = (
+sign_words, moments, forward, inference, transform = (
     _operations.sign_words,
     _operations.moments,
     _operations.forward,
+    _operations.inference,
     _operations.transform,
 )
 backward, gradient_sums, gradient_apply = (
@@ -42,18 +43,6 @@ backward, gradient_sums, gradient_apply = (
     _operations.gradient_sums,
     _operations.gradient_apply,
 )
-
-
-def fold(
-    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float, stats: Array, affine: Array
-) -> None:
-    """Inference: statistics and one scale and shift a channel from the running ones."""
-    _kernels.fold(running_mean, running_var, weight, bias, eps, stats, affine, running_mean.size, running_mean.itemsize)
-
-
-def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
-    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
-    _kernels.update_running(running_mean, running_var, stats, count, factor, running_mean.size, running_mean.itemsize)
 
 
 def describe() -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn._arrays import flat
+from fastbn._channels import Parameters, finish_statistics, fold, update_running
 from fastbn._merge import merge_compensated
 
 Array = NDArray[Any]
@@ -55,61 +57,58 @@ def moments(x: Array, n: int, c: int, s: int, mean: Array, rest: Array, m2: Arra
 
 def forward(
     x: Array,
-    residual: Array,
-    weight: Array,
-    bias: Array,
+    residual: Array | None,
+    parameters: Parameters,
+    factor: float | None,
     eps: float,
     slope: float,
     n: int,
     c: int,
     s: int,
     y: Array,
-    signs: Array,
+    signs: Array | None,
     stats: Array,
     affine: Array,
 ) -> None:
-    """Training: the batch's statistics, then the output."""
-    mean, var, invstd = stats
-    moments(x, n, c, s, mean, np.empty(c), var)
-    with np.errstate(all="ignore"):
-        var /= n * s
-        invstd[:] = 1 / np.sqrt(var + eps)
-        affine[0] = mean
-        affine[1] = (weight if weight.size else 1.0) * invstd
-        affine[2] = bias if bias.size else 0.0
+    """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
+    mean, rest, m2 = np.empty((3, c))
+    moments(x, n, c, s, mean, rest, m2)
+    stats[:], affine[:] = finish_statistics(n * s, mean, m2, parameters, eps)
+    transform(x, residual, affine, slope, n, c, s, y, signs)
+    _, _, running_mean, running_var, _ = parameters
+    if factor is not None and running_mean is not None and running_var is not None:
+        update_running(running_mean, running_var, stats, n * s, factor)
+
+
+def inference(
+    x: Array,
+    residual: Array | None,
+    parameters: Parameters,
+    eps: float,
+    slope: float,
+    n: int,
+    c: int,
+    s: int,
+    y: Array,
+    signs: Array | None,
+    stats: Array,
+    affine: Array,
+) -> None:
+    """`stats` and `affine` from the running statistics, then the output."""
+    stats[:], affine[:] = fold(parameters, eps)
     transform(x, residual, affine, slope, n, c, s, y, signs)
 
 
-def fold(
-    running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float, stats: Array, affine: Array
-) -> None:
-    """Inference: statistics and one scale and shift a channel from the running ones."""
-    with np.errstate(all="ignore"):
-        stats[0] = running_mean
-        stats[1] = running_var
-        stats[2] = 1 / np.sqrt(stats[1] + eps)
-        affine[0] = 0.0
-        affine[1] = (weight if weight.size else 1.0) * stats[2]
-        affine[2] = (bias if bias.size else 0.0) - stats[0] * affine[1]
-
-
-def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
-    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
-    with np.errstate(all="ignore"):
-        running_mean[:] = (1 - factor) * running_mean.astype(np.float64) + factor * stats[0]
-        running_var[:] = (1 - factor) * running_var.astype(np.float64) + factor * (count / (count - 1)) * stats[1]
-
-
 def transform(
-    x: Array, residual: Array, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array
+    x: Array, residual: Array | None, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array | None
 ) -> None:
     """y = activation((x - center) * scale + shift + residual)."""
-    out = y.reshape(n, c, s)
-    open_ = np.empty((n, c, s), bool) if signs.size else None
+    out = _seen(y, n, c, s)
+    open_ = None if signs is None else np.empty((n, c, s), bool)
     with np.errstate(all="ignore"):
         for part in _parts(n, c, s):
             z = _preactivation(_wide(x, n, c, s)(part), affine)
-            if residual.size:
+            if residual is not None:
                 z += _wide(residual, n, c, s)(part)
             if slope != 1.0:
                 positive = ~(z <= 0)  # NaN is let through
@@ -117,7 +116,7 @@ def transform(
                     open_[part] = positive
                 z = _activated(z, positive, slope)
             out[part] = z
-    if open_ is not None:
+    if signs is not None and open_ is not None:
         packed = np.packbits(open_)
         signs.view(np.uint8)[: packed.size] = packed
 
@@ -129,12 +128,12 @@ def backward(
     affine: Array,
     training: bool,
     slope: float,
-    signs: Array,
+    signs: Array | None,
     n: int,
     c: int,
     s: int,
     dx: Array,
-    dresidual: Array,
+    dresidual: Array | None,
     dweight: Array,
     dbias: Array,
 ) -> None:
@@ -149,15 +148,24 @@ def backward(
         dbias[:] = sums[0]
         for part in _parts(n, c, s):
             g = gated(part)
-            if dresidual.size:
-                dresidual.reshape(n, c, s)[part] = g
+            if dresidual is not None:
+                _seen(dresidual, n, c, s)[part] = g
             if training:
                 g = g - sum_dy / (n * s) - (_wide(x, n, c, s)(part) - mean) * (dot * invstd**2 / (n * s))
-            dx.reshape(n, c, s)[part] = affine[1][:, None] * g
+            _seen(dx, n, c, s)[part] = affine[1][:, None] * g
 
 
 def gradient_sums(
-    dy: Array, x: Array, stats: Array, affine: Array, slope: float, signs: Array, n: int, c: int, s: int, sums: Array
+    dy: Array,
+    x: Array,
+    stats: Array,
+    affine: Array,
+    slope: float,
+    signs: Array | None,
+    n: int,
+    c: int,
+    s: int,
+    sums: Array,
 ) -> None:
     """Sums of dy behind the activation, and of it times x - mean."""
     sums[:] = 0.0
@@ -175,12 +183,12 @@ def gradient_apply(
     stats: Array,
     affine: Array,
     slope: float,
-    signs: Array,
+    signs: Array | None,
     n: int,
     c: int,
     s: int,
     dx: Array,
-    dresidual: Array,
+    dresidual: Array | None,
     grads: Array,
 ) -> None:
     """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
@@ -191,9 +199,9 @@ def gradient_apply(
         for part in _parts(n, c, s):
             g = gated(part)
             centred = _wide(x, n, c, s)(part) - mean
-            if dresidual.size:
-                dresidual.reshape(n, c, s)[part] = g
-            dx.reshape(n, c, s)[part] = affine[1][:, None] * g + (a * centred + b)
+            if dresidual is not None:
+                _seen(dresidual, n, c, s)[part] = g
+            _seen(dx, n, c, s)[part] = affine[1][:, None] * g + (a * centred + b)
 
 
 def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -205,9 +213,15 @@ def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + samples), slice(None), slice(column, column + length)
 
 
+def _seen(x: Array, n: int, c: int, s: int) -> Array:
+    """A view of x in the order of memory."""
+    return flat(x).reshape(n, c, s)
+
+
 def _wide(x: Array, n: int, c: int, s: int) -> Callable[[Any], Array]:
     """x as float64, part by part."""
-    return lambda part: x.reshape(n, c, s)[part].astype(np.float64)
+    seen = _seen(x, n, c, s)
+    return lambda part: seen[part].astype(np.float64)
 
 
 def _preactivation(x: Array, affine: Array) -> Array:
@@ -220,12 +234,12 @@ def _activated(z: Array, positive: Array, slope: float) -> Array:
     return np.where(positive, z, 0.0 if slope == 0.0 else slope * z)
 
 
-def _gated(dy: Array, x: Array, affine: Array, slope: float, signs: Array, *size: int) -> Callable[[Any], Array]:
+def _gated(dy: Array, x: Array, affine: Array, slope: float, signs: Array | None, *size: int) -> Callable[[Any], Array]:
     """dy behind the activation, part by part; its signs are read or, without a residual, computed again."""
     wide, wide_x = _wide(dy, *size), _wide(x, *size)
     if slope == 1.0:
         return wide
-    if signs.size:
+    if signs is not None:
         open_ = np.unpackbits(signs.view(np.uint8), count=dy.size).reshape(size) == 1
         return lambda part: _activated(wide(part), open_[part], slope)
     return lambda part: _activated(wide(part), ~(_preactivation(wide_x(part), affine) <= 0), slope)
