@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 
 from numba import types
 
-from fastbn.backends import _buffers, _cache, _job, _plan, _vectors, numba_  # they import Numba
+from fastbn.backends import _buffers, _cache, _compiler, _job, _plan, _vectors, numba_  # they import Numba
 
 
 @pytest.fixture
@@ -148,6 +148,7 @@ def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | 
     (
         (_vectors, '"llvm.fma."', '"llvm.fmuladd."'),
         (_job, '"eps"', '"momentum"'),
+        (_compiler, 'error_model="numpy"', 'error_model="python"'),
         (_buffers, "icmp_unsigned", "icmp_signed"),
         (_plan, "LANES = 16", "LANES = 8"),
         (numba_, "(1.0 - factor) * mean", "(2.0 - factor) * mean"),
@@ -162,7 +163,7 @@ def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, 
 def test_all_that_kernels_are_made_of_is_looked_at():
     """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
     around = ("fastbn._engine", "fastbn.backends._cache", "fastbn.backends._operations")
-    own = {_vectors, _buffers, _job, _plan, numba_}
+    own = {_vectors, _compiler, _buffers, _job, _plan, numba_}
     for module in own:
         for name, value in vars(module).items():
             origin = inspect.getmodule(value) if callable(value) else None

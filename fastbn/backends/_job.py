@@ -109,35 +109,3 @@ def make_job(typing, plan, arguments):
         return room
 
     return job(plan, arguments), build
-
-
-_parts: dict[Job, list[object]] = {}
-
-
-def parts_of(real):
-    """Libraries of all functions compiled `apart` for jobs of this value type, each behind those that it calls."""
-    return tuple(_parts.get(Job(real), ()))
-
-
-@intrinsic
-def apart(typing, function, arguments):
-    """``function(*arguments)``, the first of them a job, compiled apart: called by its symbol.
-
-    A library of Numba's takes in all that it calls, optimises it and translates it anew, on every level of calls; a
-    parallel loop is three levels by itself. What is called by its symbol is translated once, and has to be loaded
-    before its caller is (compiling took 14 seconds of a core when all was linked, and 11).
-    """
-    kinds = tuple(types.unliteral(kind) for kind in arguments)
-    function.dispatcher.compile(kinds)
-    compiled = function.dispatcher.overloads[kinds]
-    called, parts = compiled.fndesc, _parts.setdefault(kinds[0], [])
-    if compiled.library not in parts:
-        parts.append(compiled.library)
-
-    def build(context, builder, signature, args):
-        values = cgutils.unpack_tuple(builder, args[1])
-        values = [context.cast(builder, *each) for each in zip(values, arguments, kinds, strict=True)]
-        declared = context.declare_function(builder.module, called)
-        return context.call_conv.call_function(builder, declared, called.restype, called.argtypes, values)[1]
-
-    return called.restype(function, arguments), build

@@ -16,24 +16,22 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange
+from numba import prange
 from numba.core import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 from numba.np.numpy_support import from_dtype
 
-from fastbn.backends import _buffers, _plan, _vectors, numba_
+from fastbn.backends import _buffers, _compiler, _plan, _vectors, numba_
 from fastbn.backends._buffers import Buffer
 from fastbn.backends._cache import digest_of
+from fastbn.backends._compiler import loop, point
 from fastbn.backends._images import HALF, INTEGERS, lanes
 from fastbn.backends._plan import LONGEST_FOLD
 from fastbn.backends._vectors import ahead_of, noinline, prefetch, scratch, team
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-
-loop = njit(nogil=True, error_model="numpy")
-point = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------
@@ -404,7 +402,7 @@ def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
         team(before)
 
 
-_SOURCE = digest_of((sys.modules[__name__], _vectors, _buffers, _plan))
+_SOURCE = digest_of((sys.modules[__name__], _vectors, _compiler, _buffers, _plan))
 
 
 @functools.cache

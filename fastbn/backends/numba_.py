@@ -49,10 +49,11 @@ from numba.np.numpy_support import from_dtype
 
 from fastbn import _engine
 from fastbn._arrays import FLOATS
-from fastbn.backends import _buffers, _job, _plan, _vectors
+from fastbn.backends import _buffers, _compiler, _job, _plan, _vectors
 from fastbn.backends._buffers import Buffer, entry_of
 from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
-from fastbn.backends._job import ARGUMENTS, apart, copy_of, make_job, parts_of
+from fastbn.backends._compiler import apart, loop, parts_of, point
+from fastbn.backends._job import ARGUMENTS, Job, copy_of, make_job
 from fastbn.backends._operations import Operations
 from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, SHORT, SLAB, STREAMS, Plan
 from fastbn.backends._vectors import (
@@ -114,10 +115,6 @@ SAMPLES = 16  # of a task of output alone, in slabs
 SLAB_COEF = 6 * SLAB
 ROW_COEF = 6 * LANES
 WIDEST = max(SLAB, 2 * CHUNK) + LANES  # room for the sums of a slab or a chunk
-
-inner = functools.partial(njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-loop = inner(forceinline=False)  # said, because a function inherits the options of its first caller
-point = inner(forceinline=True)
 
 # --- channel arithmetic -------------------------------------------------------------------------------------------
 
@@ -1177,7 +1174,9 @@ def _kernel(
 
 # --- adapters: what `fastbn.backends` promises ------------------------------------------------------------------------
 
-_SOURCE = digest_of((sys.modules[__name__], _vectors, _buffers, _job, _plan))  # all that the kernels are compiled from
+_SOURCE = digest_of(
+    (sys.modules[__name__], _vectors, _compiler, _buffers, _job, _plan)
+)  # all that kernels are compiled from
 _THREADS = Plan._fields.index("threads")
 _functions: list[Any] = []  # whose compiled forms are called: they go with the last reference to them
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
@@ -1204,7 +1203,7 @@ def _compiled_once(real: np.dtype[Any]) -> Any:
     steps = (types.boolean,) * 3
     signature = types.void(*steps, Buffer(types.intp), *arguments)
     function = prepared(
-        _kernel, f"kernel-{real}", _SOURCE, signature, functools.partial(parts_of, from_dtype(real)), parallel=True
+        _kernel, f"kernel-{real}", _SOURCE, signature, functools.partial(parts_of, Job(from_dtype(real))), parallel=True
     )
     return one_at_a_time(function, lambda arguments: arguments[3][_THREADS])
 
