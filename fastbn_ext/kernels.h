@@ -191,10 +191,10 @@ static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`. */
-static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
-                                Index pitch, Index word, Index words, double *s1, double *s2) {
+point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
+                             Index word, Index words, double *s1, double *s2, const int kind) {
     const W zero = NAME(splat_wide)(0), one = NAME(ones)();
-    const REAL slope = job->slope;
+    const REAL slope = kind == PLAIN ? 1 : job->slope;
     for (Index b = 0; b < bundles_of(rows, COLUMN_STREAMS / 2); b++) {
         const Bundle rs = bundle_at(b, rows, COLUMN_STREAMS / 2);
         for (Index j = 0; j < width; j += LANES) {
@@ -202,7 +202,7 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
             const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
             const W around = NAME(load_widened)(coef + MEAN * pitch + k);
             W sum_dy = b ? NAME(load_wide)(s1 + j) : zero, dot = b ? NAME(load_wide)(s2 + j) : zero;
-            if (slope == 1)
+            if (kind == PLAIN)
                 for (Index r = 0; r < rs.rows; r++, x += on, dy += on) {
                     W g = NAME(load_widened)(dy);
                     sum_dy = NAME(added)(sum_dy, g, one);
@@ -211,9 +211,11 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
             else {
                 const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
                 const V low = NAME(load)(coef + LOW * pitch + k);
-                const uint16_t *sign = job->signs ? job->signs + word + rs.first * words + j / LANES : 0;
-                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
-                    W g = NAME(widen)(NAME(gated)(NAME(load)(dy), NAME(load)(x), high, scale, low, slope, sign));
+                const uint16_t *sign = kind == SIGNED ? job->signs + word + rs.first * words + j / LANES : 0;
+                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += kind == SIGNED ? rs.apart * words : 0) {
+                    const M open = kind == SIGNED ? NAME(mask_of)(*sign)
+                                                  : NAME(positive)(NAME(fma)(NAME(load)(x) - high, scale, low));
+                    W g = NAME(widen)(NAME(activated)(NAME(load)(dy), open, slope));
                     sum_dy = NAME(added)(sum_dy, g, one);
                     dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
                 }
@@ -224,6 +226,16 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
     }
     NAME(settle)(s1, width);
     NAME(settle)(s2, width);
+}
+
+/* Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`. */
+static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
+                                Index pitch, Index word, Index words, double *s1, double *s2) {
+#define SUMS(kind) NAME(column_sums)(job, at, stride, rows, width, coef, pitch, word, words, s1, s2, kind)
+    if (job->slope == 1) SUMS(PLAIN);
+    else if (job->signs) SUMS(SIGNED);
+    else SUMS(ACTIVATED);
+#undef SUMS
 }
 
 /* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
@@ -304,21 +316,22 @@ point void NAME(gradient_columns)(const Job *job, Index at, Index width, const R
 }
 
 /* dresidual of a row: the gated dy, whose signs are there if it has an activation. */
-point void NAME(residual_columns)(const Job *job, Index at, Index width, Index word) {
+point void NAME(residual_columns)(const Job *job, Index at, Index width, Index word, const int kind) {
     const REAL *dy = (const REAL *)job->dy + at;
     REAL *dresidual = (REAL *)job->dresidual + at;
-    const uint16_t *sign = job->signs ? job->signs + word : 0;
+    const uint16_t *sign = kind == SIGNED ? job->signs + word : 0;
     const Index end = width - LANES, head = job->streaming ? to_line(dresidual, sizeof(REAL)) : 0;
+    const REAL slope = job->slope;
     const int streaming = job->streaming && !(sign && head);
     const V last = NAME(load)(dy + end);
     Index i = streaming ? head : 0;
-#define GATED(g) (sign ? NAME(activated)(g, NAME(mask_of)(*sign), job->slope) : (g))
+#define GATED(g) (kind == SIGNED ? NAME(activated)(g, NAME(mask_of)(*sign), slope) : (g))
     for (Index j = 0; j < i; j += LANES)
         NAME(store_where)(dresidual + j, NAME(foremost)(i - j), NAME(load)(dy + j));
     for (int past = streaming; past >= 0; past--)
         for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
             NAME(put)(dresidual + i, GATED(NAME(load)(dy + i)), past);
-            if (sign) sign++;
+            if (kind == SIGNED) sign++;
         }
     if (i < width) NAME(finish_row)(dresidual + end, GATED(last), width - i, streaming);
 #undef GATED
@@ -337,7 +350,10 @@ static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows,
             prefetch_part(out + at + width);
             if (r + 1 < rows) prefetch_part(out + at + stride);
         }
-        if (backward && job->dresidual) NAME(residual_columns)(job, at, width, word); /* first: dx may lie over dy */
+        if (backward && job->dresidual) { /* first: dx may lie over dy */
+            if (signs) NAME(residual_columns)(job, at, width, word, SIGNED);
+            else NAME(residual_columns)(job, at, width, word, PLAIN);
+        }
         if (backward)
             if (kind == PLAIN) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
             else if (kind == ACTIVATED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
