@@ -19,7 +19,7 @@ from typing import NamedTuple
 from copies import build_extension, copy_tree
 
 NUMBA, C, COMMON = "fastbn/backends/numba_.py", "fastbn_ext/kernels.h", "fastbn_ext/common.h"
-NUMPY, MERGE = "fastbn/backends/numpy_.py", "fastbn/_merge.py"
+NUMPY, MERGE, CHANNELS = "fastbn/backends/numpy_.py", "fastbn/_merge.py", "fastbn/_channels.py"
 
 # What catches most comes first. Numba's mutations have no more than what catches them: its compiler takes the time.
 PRECISION = ("tests/test_precision.py",)
@@ -61,6 +61,8 @@ MUTATIONS = (
         "rows left over by four",
         ("tests/test_functional.py",),
     ),
+    Mutation(NUMBA, "shifts[j - pixel]", "row[0]", "the columns of a channel share a shift", PRECISION),
+    Mutation(NUMBA, "var *= count / (count - 1)", "pass", "running variance is unbiased", ("tests/test_layers.py",)),
     Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
     Mutation(COMMON, "delta * delta * (a->count * share)", "delta * delta * a->count", "Chan's merge of m2", FORWARD),
     Mutation(
@@ -71,6 +73,8 @@ MUTATIONS = (
         FORWARD,
     ),
     Mutation(COMMON, "dot -= low * sum_dy;", "", "what rounding the mean leaves over, in the gradient", BACKWARD),
+    Mutation(C, "= shifts[j - pixel]", "= row[0]", "the columns of a channel share a shift", FORWARD),
+    Mutation(COMMON, "(count / (count - 1) * var)", "var", "running variance is unbiased", BACKWARD),
     Mutation(C, "isfinite(*x) ? *x : 0", "0", "a shift near the mean: no cancellation", FORWARD),
     Mutation(
         C,
@@ -97,7 +101,7 @@ MUTATIONS = (
         "constant channels",
         FORWARD,
     ),
-    Mutation(NUMPY, "(count / (count - 1)) * stats[1]", "stats[1]", "running variance is unbiased", BACKWARD),
+    Mutation(CHANNELS, "unbiased * stats[1]", "stats[1]", "running variance is unbiased", BACKWARD),
     Mutation(NUMPY, "(dot * invstd**2 / (n * s))", "(dot * invstd / (n * s))", "the gradient of variance", BACKWARD),
     Mutation(NUMPY, "positive = ~(z <= 0)", "positive = z > 0", "an activation lets NaN through", FUSED),
     Mutation(MERGE, "(count_a * share)", "count_a", "Chan's merge of m2", ("tests/test_moments.py",)),
@@ -114,7 +118,9 @@ MUTATIONS = (
 
 def backend_of(mutation: Mutation) -> str:
     """Return the backend whose tests must notice."""
-    return {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy"}[mutation.file]
+    return {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy", CHANNELS: "numpy"}[
+        mutation.file
+    ]
 
 
 def failing_test(tree: Path, backend: str, tests: Iterable[str]) -> str | None:

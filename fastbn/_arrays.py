@@ -23,6 +23,7 @@ _SHORT = (np.float16, np.uint8, np.uint16, np.int8, np.int16)
 MEASURED: tuple[np.dtype[Any], ...] = (*FLOATS, *map(np.dtype, _SHORT))  # what statistics are taken of
 
 _ALIGNED_C = 0x100 | 0x1  # bits of ndarray.flags.num
+_OWNS = 0x4
 _WRITEABLE = 0x400
 _UPDATABLE = _ALIGNED_C | _WRITEABLE
 
@@ -212,10 +213,17 @@ def writable_in_place(out: Array, like: View, inputs: tuple[Array | None, ...]) 
     """Whether kernels may write to `out` directly: laid out like the input, and overlapping no input but exactly."""
     if out.strides != like.array.strides or not out.flags.num & 0x100:
         return False
-    return all(
-        other is None or other is out or not np.may_share_memory(out, other) or _same_memory(out, other)
-        for other in inputs
-    )
+    for other in inputs:
+        if other is not None and other is not out and may_share(out, other) and not _same_memory(out, other):
+            return False
+    return True
+
+
+def may_share(a: Array, b: Array) -> bool:
+    """Whether two arrays may share memory: not if they are two that have memory of their own."""
+    if a.flags.num & b.flags.num & _OWNS:
+        return a is b
+    return np.may_share_memory(a, b)
 
 
 def _same_memory(a: Array, b: Array) -> bool:

@@ -34,10 +34,11 @@ class Parameters(NamedTuple):
     ) -> Self:
         """The vectors themselves where they share a dtype, else float64 copies."""
         vectors: tuple[Array | None, ...] = (weight, bias, running_mean, running_var)
-        itemsizes = {vector.itemsize for vector in vectors if vector is not None}
-        if len(itemsizes) > 1:
+        itemsizes = [vector.itemsize for vector in vectors if vector is not None]
+        wide = 8 in itemsizes
+        if wide and 4 in itemsizes:
             vectors = tuple(None if vector is None else vector.astype(np.float64) for vector in vectors)
-        return cls._make((*vectors, 8 in itemsizes))
+        return cls._make((*vectors, wide))
 
 
 def finish_statistics(count: float, mean: Array, m2: Array, parameters: Parameters, eps: float) -> tuple[Array, Array]:

@@ -22,6 +22,7 @@ from fastbn._arrays import (
     check_apart,
     check_out,
     floating,
+    may_share,
     real,
     same_layout,
     truth,
@@ -417,7 +418,7 @@ def _delivered(y: Array, target: Array | None) -> Array:
 
 
 def _overlap(target: Array | None, xv: View) -> bool:
-    return target is not None and np.may_share_memory(target, xv.array)
+    return target is not None and may_share(target, xv.array)
 
 
 def _weight_and_bias(weight: Any, bias: Any, channels: int) -> tuple[Array | None, Array | None]:
