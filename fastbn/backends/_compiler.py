@@ -82,9 +82,8 @@ class _Inlined(_Pipeline):
 _function = functools.partial(
     njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True
 )
-loop = _function(
-    forceinline=False, pipeline_class=_CompiledApart
-)  # said, because a function inherits the options of its first caller
+# That it is not to be inlined is said, because a function inherits the options of its first caller.
+loop = _function(forceinline=False, pipeline_class=_CompiledApart)
 point = _function(forceinline=True, pipeline_class=_Inlined)
 
 _parts: dict[Any, list[Any]] = {}

@@ -1174,9 +1174,8 @@ def _kernel(
 
 # --- adapters: what `fastbn.backends` promises ------------------------------------------------------------------------
 
-_SOURCE = digest_of(
-    (sys.modules[__name__], _vectors, _compiler, _buffers, _job, _plan)
-)  # all that kernels are compiled from
+# All that kernels are compiled from.
+_SOURCE = digest_of((sys.modules[__name__], _vectors, _compiler, _buffers, _job, _plan))
 _THREADS = Plan._fields.index("threads")
 _functions: list[Any] = []  # whose compiled forms are called: they go with the last reference to them
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
