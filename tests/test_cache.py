@@ -169,3 +169,9 @@ def test_all_that_kernels_are_made_of_is_looked_at():
             origin = inspect.getmodule(value) if callable(value) else None
             if origin and origin.__name__.startswith("fastbn") and origin not in own:
                 assert origin.__name__ in around, f"{module.__name__} uses {name}"
+
+
+def test_numba_with_other_code_libraries_compiles_in_its_own_way(monkeypatch):
+    assert set(_compiler._into(_compiler._Fragment)) == {"pipeline_class"}
+    monkeypatch.setattr(_compiler, "_HOOKS", ("_of_another_version",))
+    assert not _compiler._into(_compiler._Fragment)

@@ -14,7 +14,7 @@ from typing import Any
 
 from numba import njit
 from numba.core import cgutils, types
-from numba.core.codegen import JITCodeLibrary
+from numba.core.codegen import CPUCodegen, JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
@@ -62,29 +62,29 @@ class _WithoutEnvironment:
         pass
 
 
-class _Pipeline(Compiler):
-    library: type[_Apart]
-
-    def __init__(self, typing, target, _, *rest):
-        library = self.library(target.codegen(), "function")
-        library.enable_object_caching()
-        super().__init__(typing, target, library, *rest)
+_HOOKS = ("_optimize_functions", "_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals")
 
 
-class _CompiledApart(_Pipeline):
-    library = _Apart
+def _into(library):
+    """Options that put a function into such a library; none where this Numba makes its own in another way."""
+    if not all(hasattr(JITCodeLibrary, hook) for hook in _HOOKS) or not hasattr(CPUCodegen, "_module_pass_manager"):
+        return {}
 
+    class Pipeline(Compiler):
+        def __init__(self, typing, target, _, *rest):
+            made = library(target.codegen(), "function")
+            made.enable_object_caching()
+            super().__init__(typing, target, made, *rest)
 
-class _Inlined(_Pipeline):
-    library = _Fragment
+    return {"pipeline_class": Pipeline}
 
 
 _function = functools.partial(
     njit, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True
 )
 # That it is not to be inlined is said, because a function inherits the options of its first caller.
-loop = _function(forceinline=False, pipeline_class=_CompiledApart)
-point = _function(forceinline=True, pipeline_class=_Inlined)
+loop = _function(forceinline=False, **_into(_Apart))
+point = _function(forceinline=True, **_into(_Fragment))
 
 _parts: dict[Any, list[Any]] = {}
 
