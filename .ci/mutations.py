@@ -101,7 +101,7 @@ MUTATIONS = (
         "constant channels",
         FORWARD,
     ),
-    Mutation(CHANNELS, "unbiased * stats[1]", "stats[1]", "running variance is unbiased", BACKWARD),
+    Mutation(CHANNELS, "unbiased * norm[1]", "norm[1]", "running variance is unbiased", BACKWARD),
     Mutation(NUMPY, "(dot * invstd**2 / (n * s))", "(dot * invstd / (n * s))", "the gradient of variance", BACKWARD),
     Mutation(NUMPY, "positive = ~(z <= 0)", "positive = z > 0", "an activation lets NaN through", FUSED),
     Mutation(MERGE, "(count_a * share)", "count_a", "Chan's merge of m2", ("tests/test_moments.py",)),

@@ -149,7 +149,8 @@ def view(x: Array, axis: int) -> View:
     if type(axis) is not int:
         axis = channel_axis(axis, x.ndim)
     if x.flags.num & _ALIGNED_C == _ALIGNED_C:
-        return View(x, *_sizes(x.shape, axis))
+        n, c, s = _sizes(x.shape, axis)
+        return View(x, n, c, s)
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     ordered = x.transpose(order)
     if ordered.flags.num & _ALIGNED_C == _ALIGNED_C:

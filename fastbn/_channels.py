@@ -41,44 +41,44 @@ class Parameters(NamedTuple):
         return cls._make((*vectors, wide))
 
 
-def finish_statistics(count: float, mean: Array, m2: Array, parameters: Parameters, eps: float) -> tuple[Array, Array]:
-    """`stats` and `affine` of training, from the moments of `count` values a channel."""
+def finish_statistics(count: float, mean: Array, m2: Array, parameters: Parameters, eps: float) -> Array:
+    """`norm` of training, from the moments of `count` values a channel."""
     with np.errstate(all="ignore"):
-        stats, affine = _normalisation(mean, m2 / count, parameters, eps)
-        affine[0] = mean
-    return stats, affine
+        norm = _normalisation(mean, m2 / count, parameters, eps)
+    norm[3] = mean
+    return norm
 
 
-def fold(parameters: Parameters, eps: float) -> tuple[Array, Array]:
-    """`stats` and `affine` of inference, from the running statistics: the center is 0."""
+def fold(parameters: Parameters, eps: float) -> Array:
+    """`norm` of inference, from the running statistics: the center is 0."""
     assert parameters.running_mean is not None
     assert parameters.running_var is not None
     with np.errstate(all="ignore"):
-        stats, affine = _normalisation(parameters.running_mean, parameters.running_var, parameters, eps)
-        affine[2] -= stats[0] * affine[1]
-    return stats, affine
+        norm = _normalisation(parameters.running_mean, parameters.running_var, parameters, eps)
+        norm[5] -= norm[0] * norm[4]
+    return norm
 
 
-def _normalisation(mean: Array, var: Array, parameters: Parameters, eps: float) -> tuple[Array, Array]:
-    """`stats`, and `affine` around 0 with the bias as its shift."""
-    stats, affine = np.empty((3, len(mean))), np.zeros((3, len(mean)))
-    stats[0] = mean
-    stats[1] = var
-    stats[2] = 1 / np.sqrt(stats[1] + eps)
-    affine[1] = stats[2] if parameters.weight is None else parameters.weight * stats[2]
-    affine[2] = 0.0 if parameters.bias is None else parameters.bias
-    return stats, affine
+def _normalisation(mean: Array, var: Array, parameters: Parameters, eps: float) -> Array:
+    """`norm` around the center 0 with the bias as its shift."""
+    norm = np.zeros((6, len(mean)))
+    norm[0] = mean
+    norm[1] = var
+    norm[2] = 1 / np.sqrt(norm[1] + eps)
+    norm[4] = norm[2] if parameters.weight is None else parameters.weight * norm[2]
+    norm[5] = 0.0 if parameters.bias is None else parameters.bias
+    return norm
 
 
-def update_running(running_mean: Array, running_var: Array, stats: Array, count: int, factor: float) -> None:
+def update_running(running_mean: Array, running_var: Array, norm: Array, count: int, factor: float) -> None:
     """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
     unbiased = count / (count - 1)
     with np.errstate(all="ignore"):
-        running_mean[:] = (1 - factor) * running_mean.astype(np.float64) + factor * stats[0]
-        running_var[:] = (1 - factor) * running_var.astype(np.float64) + factor * (unbiased * stats[1])
+        running_mean[:] = (1 - factor) * running_mean.astype(np.float64) + factor * norm[0]
+        running_var[:] = (1 - factor) * running_var.astype(np.float64) + factor * (unbiased * norm[1])
 
 
-def finish_gradient(sums: Array, count: float, stats: Array, affine: Array, dtype: np.dtype[Any]) -> Array:
+def finish_gradient(sums: Array, count: float, norm: Array, dtype: np.dtype[Any]) -> Array:
     """`grads`: dweight, dbias, a and b of ``dx = scale * dy + a * (x - mean) + b`` with the mean rounded to `dtype`.
 
     `sums` (2, C) is what `gradient_sums` gives: of dy, and of dy * (x - mean); `count` the number of values that they
@@ -86,7 +86,7 @@ def finish_gradient(sums: Array, count: float, stats: Array, affine: Array, dtyp
     """
     grads = np.empty((4, sums.shape[1]))
     sum_dy, dot = sums
-    mean, invstd, scale = stats[0], stats[2], affine[1]
+    mean, invstd, scale = norm[0], norm[2], norm[4]
     with np.errstate(all="ignore"):
         grads[0] = dot * invstd
         grads[1] = sum_dy

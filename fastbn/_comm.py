@@ -115,8 +115,8 @@ class Ranks:
                 everywhere = np.zeros_like(sums)
                 for row in table:
                     everywhere += row[PAYLOAD:].reshape(sums.shape)
-                grads = finish_gradient(everywhere, max(total, 1), saved.stats, saved.affine, dtype)
-                grads[0], grads[1] = sums[1] * saved.stats[2], sums[0]
+                grads = finish_gradient(everywhere, max(total, 1), saved.norm, dtype)
+                grads[0], grads[1] = sums[1] * saved.norm[2], sums[0]
                 return grads
 
             return F._gradients(dy, saved, layer.dtype, out, finish)

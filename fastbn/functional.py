@@ -42,8 +42,7 @@ class Saved:
     """What a forward leaves for its backward."""
 
     x: View
-    stats: Array  # (3, C) float64: mean, var, invstd
-    affine: Array  # (3, C) float64: center, scale, shift
+    norm: Array  # (6, C) float64: mean, var, invstd; center, scale, shift
     signs: Array | None  # of the activation, where it cannot be computed again from x
     slope: float
     batch: bool  # whether the statistics were the batch's own
@@ -155,7 +154,7 @@ def batch_norm_forward(
     xv = view(_at_least_1d(floating(x)), axis)
     parameters = Parameters.of(*_weight_and_bias(weight, bias, xv.c))
     y, saved = _normalize_batch(xv, None, parameters, eps, 1.0, out)
-    return y, saved.stats[0], saved.stats[2]
+    return y, saved.norm[0], saved.norm[2]
 
 
 def batch_norm_backward(
@@ -195,17 +194,15 @@ def batch_norm_backward(
         In weight's dtype, else in x's; computed whether or not a weight is given.
     """
     xv = view(_at_least_1d(floating(x)), axis)
-    statistics = np.empty((3, xv.c))
-    statistics[0] = channel_vector(mean, "mean", xv.c)
-    statistics[2] = channel_vector(invstd, "invstd", xv.c)
-    affine = np.zeros((3, xv.c))
-    affine[1] = statistics[2]
+    norm = np.zeros((6, xv.c))
+    norm[0] = channel_vector(mean, "mean", xv.c)
+    norm[2] = norm[4] = channel_vector(invstd, "invstd", xv.c)
     dtype = xv.array.dtype
     if weight is not None:
         weight = channel_vector(weight, "weight", xv.c)
-        affine[1] *= weight
+        norm[4] *= weight
         dtype = weight.dtype
-    saved = Saved(xv, statistics, affine, None, 1.0, truth(training, "training"), False, False)
+    saved = Saved(xv, norm, None, 1.0, truth(training, "training"), False, False)
     dx, _, dweight, dbias = _gradients(dy, saved, dtype, out)
     return dx, dweight, dbias
 
@@ -229,10 +226,10 @@ def scale_shift(x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int =
         Like `x`.
     """
     xv = view(_at_least_1d(floating(x)), axis)
-    affine = np.zeros((3, xv.c))
-    affine[1] = channel_vector(scale, "scale", xv.c)
-    affine[2] = channel_vector(shift, "shift", xv.c)
-    return _transform(xv, None, affine, 1.0, out)[0]
+    norm = np.zeros((6, xv.c))
+    norm[4] = channel_vector(scale, "scale", xv.c)
+    norm[5] = channel_vector(shift, "shift", xv.c)
+    return _transform(xv, None, norm, 1.0, out)[0]
 
 
 def moments(
@@ -278,14 +275,13 @@ def _normalize_batch(
     count = xv.n * xv.s
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
-    target, y, res, signs = _prepare(xv, residual, slope, out, parameters[:2])
-    stats, affine = np.empty((3, xv.c)), np.empty((3, xv.c))
+    y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
+    norm = np.empty((6, xv.c))
     if xv.array.size:
-        kernels().forward(xv.array, res, parameters, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, stats, affine)
+        kernels().forward(xv.array, res, parameters, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
-        stats[:], affine[:] = np.nan, 0.0
-    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv))
-    return _delivered(y, target), saved
+        norm[:3], norm[3:] = np.nan, 0.0
+    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten)
 
 
 def _normalize_merged(
@@ -301,16 +297,15 @@ def _normalize_merged(
     eps = real(eps, "eps")
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    target, y, res, signs = _prepare(xv, residual, slope, out, parameters[:2])
+    y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
     size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
     if xv.array.size:
         kernels().moments(xv.array, *size, mean, np.empty(xv.c), m2)
     total, mean, m2 = merged(xv.n * xv.s, mean, m2)
-    stats, affine = finish_statistics(max(total, 1), mean, m2, parameters, eps)
+    norm = finish_statistics(max(total, 1), mean, m2, parameters, eps)
     if xv.array.size:
-        kernels().transform(xv.array, res, affine, slope, *size, y, signs)
-    saved = Saved(xv, stats, affine, signs, slope, True, residual is not None, _overlap(target, xv), total)
-    return _delivered(y, target), saved
+        kernels().transform(xv.array, res, norm, slope, *size, y, signs)
+    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten, total)
 
 
 def _normalize_running(
@@ -320,24 +315,23 @@ def _normalize_running(
     eps = real(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    target, y, res, signs = _prepare(xv, residual, slope, out, ())
+    y, res, signs, overwritten = _prepare(xv, residual, slope, out, ())
     if xv.array.size:
-        stats, affine = np.empty((3, xv.c)), np.empty((3, xv.c))
-        kernels().inference(xv.array, res, parameters, eps, slope, xv.n, xv.c, xv.s, y, signs, stats, affine)
+        norm = np.empty((6, xv.c))
+        kernels().inference(xv.array, res, parameters, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
-        stats, affine = fold(parameters, eps)
-    saved = Saved(xv, stats, affine, signs, slope, False, residual is not None, _overlap(target, xv))
-    return _delivered(y, target), saved
+        norm = fold(parameters, eps)
+    return _delivered(y, out), Saved(xv, norm, signs, slope, False, residual is not None, overwritten)
 
 
 def _transform(
-    xv: View, residual: Any, affine: Array, slope: float, out: Array | None, keep_signs: bool = True
+    xv: View, residual: Any, norm: Array, slope: float, out: Array | None, keep_signs: bool = True
 ) -> tuple[Array, Array | None, bool]:
     """y = activation((x - center) * scale + shift + residual), its signs, and whether it lies over x."""
-    target, y, res, signs = _prepare(xv, residual, slope, out, (), keep_signs)
+    y, res, signs, overwritten = _prepare(xv, residual, slope, out, (), keep_signs)
     if xv.array.size:
-        kernels().transform(xv.array, res, affine, slope, xv.n, xv.c, xv.s, y, signs)
-    return _delivered(y, target), signs, _overlap(target, xv)
+        kernels().transform(xv.array, res, norm, slope, xv.n, xv.c, xv.s, y, signs)
+    return _delivered(y, out), signs, overwritten
 
 
 def _gradients(
@@ -351,10 +345,10 @@ def _gradients(
 
     `finish` makes `grads` of `sums`, see `finish_gradient`, where the statistics were others than this batch's.
     """
-    xv, affine = saved.x, saved.affine
+    xv, norm = saved.x, saved.norm
     dy = _checked_gradient(dy, xv.array)
     g = same_layout(dy, xv)
-    dx = target = out
+    dx = out
     if out is not None:
         check_out(out, xv.array.shape, xv.array.dtype)
     if out is None or not writable_in_place(out, xv, (dy, xv.array)):
@@ -366,16 +360,14 @@ def _gradients(
     if not xv.array.size:
         dweight[:] = dbias[:] = 0
     elif finish is None:
-        kernels().backward(
-            g, xv.array, saved.stats, affine, saved.batch, *activation, *size, dx, dresidual, dweight, dbias
-        )
+        kernels().backward(g, xv.array, norm, saved.batch, *activation, *size, dx, dresidual, dweight, dbias)
     else:
         sums = np.empty((2, xv.c))
-        kernels().gradient_sums(g, xv.array, saved.stats, affine, *activation, *size, sums)
+        kernels().gradient_sums(g, xv.array, norm, *activation, *size, sums)
         grads = finish(sums)
-        kernels().gradient_apply(g, xv.array, saved.stats, affine, *activation, *size, dx, dresidual, grads)
+        kernels().gradient_apply(g, xv.array, norm, *activation, *size, dx, dresidual, grads)
         dweight[:], dbias[:] = grads[:2]
-    return _delivered(dx, target), dresidual, dweight, dbias
+    return _delivered(dx, out), dresidual, dweight, dbias
 
 
 def _checked_gradient(dy: Any, x: Array) -> Array:
@@ -390,8 +382,8 @@ def _checked_gradient(dy: Any, x: Array) -> Array:
 
 def _prepare(
     xv: View, residual: Any, slope: float, out: Array | None, others: tuple[Array | None, ...], keep_signs: bool = True
-) -> tuple[Array | None, Array, Array | None, Array | None]:
-    """The caller's `out`, the array to compute into, the residual laid out as x is, and room for signs."""
+) -> tuple[Array, Array | None, Array | None, bool]:
+    """The array to compute into, the residual laid out as x is, room for signs, and whether `out` lies over x."""
     x, res, signs = xv.array, None, None
     if residual is not None:
         residual = floating(residual, "residual")
@@ -404,21 +396,18 @@ def _prepare(
         if slope != 1.0 and keep_signs:
             signs = np.empty(kernels().sign_words(xv.n, xv.c, xv.s, x.itemsize), np.uint16)
     if out is None:
-        return None, empty_like(x), res, signs
+        return empty_like(x), res, signs, False
     check_out(out, x.shape, x.dtype)
-    return out, out if writable_in_place(out, xv, (x, *others)) else empty_like(x), res, signs
+    y = out if writable_in_place(out, xv, (x, *others)) else empty_like(x)
+    return y, res, signs, may_share(out, x)
 
 
-def _delivered(y: Array, target: Array | None) -> Array:
+def _delivered(y: Array, out: Array | None) -> Array:
     """The result where the caller wants it."""
-    if target is None or target is y:
+    if out is None or out is y:
         return y
-    np.copyto(target, y)
-    return target
-
-
-def _overlap(target: Array | None, xv: View) -> bool:
-    return target is not None and may_share(target, xv.array)
+    np.copyto(out, y)
+    return out
 
 
 def _weight_and_bias(weight: Any, bias: Any, channels: int) -> tuple[Array | None, Array | None]:

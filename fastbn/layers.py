@@ -226,8 +226,8 @@ class _BatchNorm:
             channel_vector(var, "running_var", self.num_features, update),
         )
 
-    def _inference(self) -> tuple[Array, Array]:
-        """`stats` and `affine` of eval mode."""
+    def _inference(self) -> Array:
+        """`norm` of eval mode."""
         running = self._running()
         if running is None:
             raise ValueError(f"only a layer with running statistics can be folded, and {self!r} has none")
@@ -240,7 +240,7 @@ class _BatchNorm:
         if factor is not None:
             assert parameters.running_mean is not None
             assert parameters.running_var is not None
-            update_running(parameters.running_mean, parameters.running_var, saved.stats, count, factor)
+            update_running(parameters.running_mean, parameters.running_var, saved.norm, count, factor)
             self._tracked(parameters)
 
     def _factor(self, parameters: Parameters) -> float | None:
@@ -387,8 +387,8 @@ class _BatchNorm:
         ValueError
             If there are no running statistics.
         """
-        affine = self._inference()[1]
-        return ScaleShift(affine[1], affine[2], axis=self.axis, dtype=self.dtype, activation=self.activation)
+        *_, scale, shift = self._inference()
+        return ScaleShift(scale, shift, axis=self.axis, dtype=self.dtype, activation=self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_saved": None, "_checked": None, "_comm": None, "_detour": None}
@@ -509,13 +509,13 @@ class ScaleShift:
         Applied after the shift.
     """
 
-    __slots__ = ("_affine", "_slope", "activation", "axis", "scale", "shift")
+    __slots__ = ("_norm", "_slope", "activation", "axis", "scale", "shift")
 
     scale: Array
     shift: Array
     axis: int
     activation: Activation
-    _affine: Array
+    _norm: Array
     _slope: float
 
     def __init__(
@@ -528,16 +528,16 @@ class ScaleShift:
         activation: Activation = None,
     ) -> None:
         scale = numbers(scale, "scale")
-        affine = np.zeros((3, scale.size))
-        affine[1] = channel_vector(scale, "scale", affine.shape[1])
-        affine[2] = channel_vector(shift, "shift", affine.shape[1])
-        rounded = affine.astype(_dtype(dtype))
+        norm = np.zeros((6, scale.size))
+        norm[4] = channel_vector(scale, "scale", norm.shape[1])
+        norm[5] = channel_vector(shift, "shift", norm.shape[1])
+        rounded = norm.astype(_dtype(dtype))
         rounded.flags.writeable = False
         for name, value in (
-            ("_affine", affine),
+            ("_norm", norm),
             ("_slope", slope_of(activation)),
-            ("scale", rounded[1]),
-            ("shift", rounded[2]),
+            ("scale", rounded[4]),
+            ("shift", rounded[5]),
             ("axis", integer(axis, "axis")),
             ("activation", activation),
         ):
@@ -552,7 +552,7 @@ class ScaleShift:
                 f"expected {len(self.scale)} channels on axis {self.axis}, "
                 f"got {xv.c} in an input of shape {array.shape}"
             )
-        return F._transform(xv, residual, self._affine, self._slope, out, keep_signs=False)[0]
+        return F._transform(xv, residual, self._norm, self._slope, out, keep_signs=False)[0]
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a ScaleShift is immutable, cannot set {name}")
@@ -561,7 +561,7 @@ class ScaleShift:
         raise AttributeError(f"a ScaleShift is immutable, cannot delete {name}")
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._affine[1], self._affine[2], self.axis, self.scale.dtype, self.activation)
+        return _rebuild, (self._norm[4], self._norm[5], self.axis, self.scale.dtype, self.activation)
 
     def __repr__(self) -> str:
         values = f"scale={self.scale}, shift={self.shift}"

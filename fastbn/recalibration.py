@@ -98,7 +98,7 @@ class _Pool:
         y, saved = self._normalize(layer, given)
         count = given.x.n * given.x.s if saved.total is None else saved.total
         if count:
-            self.moments.merge(Moments(count, saved.stats[0], saved.stats[1] * count))
+            self.moments.merge(Moments(count, saved.norm[0], saved.norm[1] * count))
             self.batches += 1
         return y, saved
 

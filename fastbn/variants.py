@@ -93,14 +93,12 @@ class _Variant(_BatchNorm):
         return self._infer(xv, residual, out)
 
     def _infer(self, xv: View, residual: Any, out: Array | None) -> tuple[Array, F.Saved, Any]:
-        return *self._scale(xv, residual, out, *self._inference(), batch=False), None
+        return *self._scale(xv, residual, out, self._inference(), batch=False), None
 
-    def _scale(
-        self, xv: View, residual: Any, out: Array | None, stats: Array, affine: Array, *, batch: bool
-    ) -> tuple[Array, F.Saved]:
+    def _scale(self, xv: View, residual: Any, out: Array | None, norm: Array, *, batch: bool) -> tuple[Array, F.Saved]:
         """y = activation((x - center) * scale + shift + residual), and what it leaves for the gradients."""
-        y, signs, overwritten = F._transform(xv, residual, affine, self._slope, out)
-        return y, F.Saved(xv, stats, affine, signs, self._slope, batch, residual is not None, overwritten)
+        y, signs, overwritten = F._transform(xv, residual, norm, self._slope, out)
+        return y, F.Saved(xv, norm, signs, self._slope, batch, residual is not None, overwritten)
 
     def _moments(self, xv: View) -> tuple[Array, Array]:
         """Mean and m2 of the batch, (C,)."""
@@ -182,7 +180,7 @@ class GhostBatchNorm(_Variant):
         check_apart(out, *(running or (None, None)))
         vectors = F._weight_and_bias(self.weight, self.bias, self.num_features)
         parameters = Parameters.of(*vectors, *(running or ()))
-        target, y, _, _ = F._prepare(xv, residual, 1.0, out, vectors)
+        y, _, _, overwritten = F._prepare(xv, residual, 1.0, out, vectors)
         residual = None if residual is None else floating(residual)
         parts, saved = self._parts(xv), []
         for part in parts:
@@ -191,10 +189,8 @@ class GhostBatchNorm(_Variant):
         if xv.array.size:
             for ghost in saved:
                 self._track(parameters, ghost, ghost.x.n * ghost.x.s)
-        nothing = np.empty((3, 0))
-        overwritten = F._overlap(target, xv)
-        whole = F.Saved(xv, nothing, nothing, None, self._slope, True, residual is not None, overwritten)
-        return F._delivered(y, target), whole, list(zip(parts, saved, strict=True))
+        whole = F.Saved(xv, np.empty((6, 0)), None, self._slope, True, residual is not None, overwritten)
+        return F._delivered(y, out), whole, list(zip(parts, saved, strict=True))
 
     def _parts(self, xv: View) -> list[tuple[slice, ...]]:
         """Where the virtual batches lie."""
@@ -322,14 +318,14 @@ class BatchRenorm(_Variant):
         running_std = channel_vector(self.running_std, "running_std", self.num_features, update=True)
         check_apart(out, running_mean, running_std)
         mean, m2 = self._moments(xv)
-        stats, affine = finish_statistics(max(xv.n * xv.s, 1), mean, m2, parameters, self.eps)
+        norm = finish_statistics(max(xv.n * xv.s, 1), mean, m2, parameters, self.eps)
         with np.errstate(all="ignore"):
-            std = np.sqrt(stats[1] + self.eps)
+            std = np.sqrt(norm[1] + self.eps)
             r = np.clip(std / running_std, 1 / r_max, r_max)
             d = np.clip((mean - running_mean) / running_std, -d_max, d_max)
-            affine[1] *= r
-            affine[2] += (1.0 if parameters.weight is None else parameters.weight) * d
-        y, saved = self._scale(xv, residual, out, stats, affine, batch=True)
+            norm[4] *= r
+            norm[5] += (1.0 if parameters.weight is None else parameters.weight) * d
+        y, saved = self._scale(xv, residual, out, norm, batch=True)
         if xv.array.size:
             self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
             factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
@@ -474,8 +470,8 @@ class RunningBatchNorm(_Variant):
         mean, m2 = merge(kept, self._mean, (1 - share) * self.running_m2, added, mean, share * m2)
         count, seen = kept + added, self.num_samples_tracked + samples
         var, free = self._variance(count, m2, seen)
-        stats, affine = finish_statistics(1, mean, var, parameters, self.eps)
-        y, saved = self._scale(xv, residual, out, stats, affine, batch=False)
+        norm = finish_statistics(1, mean, var, parameters, self.eps)
+        y, saved = self._scale(xv, residual, out, norm, batch=False)
         self.running_mean, self.running_m2, self.count, self.num_samples_tracked = mean, m2, count, seen
         self.dbias = (1 - share) * self.dbias + share
         self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
@@ -488,9 +484,9 @@ class RunningBatchNorm(_Variant):
 
         def finish(sums: Array) -> Array:
             """A value's part in the mean is ``1 / count``, and in the variance ``2 / count * (x - mean)``."""
-            whole = finish_gradient(sums, count, saved.stats, saved.affine, saved.x.array.dtype)
+            whole = finish_gradient(sums, count, saved.norm, saved.x.array.dtype)
             sums[1] *= free
-            grads = finish_gradient(sums, count, saved.stats, saved.affine, saved.x.array.dtype)
+            grads = finish_gradient(sums, count, saved.norm, saved.x.array.dtype)
             grads[0] = whole[0]
             return grads
 
@@ -561,8 +557,8 @@ class FrozenBatchNorm(_Variant):
         if saved.slope != 1.0:  # what the activation let through is seen from x
             return super()._gradients(dy, saved, out)
         dy = F._checked_gradient(dy, saved.x.array)
-        scale = np.zeros_like(saved.affine)
-        scale[1] = saved.affine[1]
+        scale = np.zeros_like(saved.norm)
+        scale[4] = saved.norm[4]
         dresidual = dy.copy() if saved.residual else None
         dx = F._transform(view(dy, self.axis), None, scale, 1.0, out)[0]
         return dx, dresidual, np.empty(0, self.dtype), np.empty(0, self.dtype)

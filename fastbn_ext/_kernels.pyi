@@ -29,8 +29,7 @@ def kernel(
     bias: NDArray[Any] | None,
     running_mean: NDArray[Any] | None,
     running_var: NDArray[Any] | None,
-    stats: NDArray[Any] | None,
-    affine: NDArray[Any] | None,
+    norm: NDArray[Any],
     grads: NDArray[Any] | None,
     part: NDArray[Any],
 ) -> None: ...

@@ -105,12 +105,12 @@ cdef void *data(object array):
 
 def kernel(
     bint backward, bint reduce, bint apply, plan, bint training, bint wide, double eps, double slope, double factor,
-    x, residual, dy, y, dx, dresidual, signs, weight, bias, running_mean, running_var, stats, affine, grads, part,
+    x, residual, dy, y, dx, dresidual, signs, weight, bias, running_mean, running_var, norm, grads, part,
 ):
     """Reduction (statistics, or sums of gradients) and output, or one of them.
 
     Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two, or
-    `affine` from the running statistics if they are given.
+    `norm` from the running statistics if they are given.
     """
     cdef Job job
     cdef const Py_ssize_t *p = <const Py_ssize_t *>data(plan)
@@ -120,7 +120,8 @@ def kernel(
     job.x, job.residual, job.dy, job.signs = data(x), data(residual), data(dy), <uint16_t *>data(signs)
     job.y, job.dx, job.dresidual = data(y), data(dx), data(dresidual)
     job.weight, job.bias, job.running_mean, job.running_var = data(weight), data(bias), data(running_mean), data(running_var)
-    job.stats, job.affine, job.grads = <double *>data(stats), <double *>data(affine), <double *>data(grads)
+    job.stats, job.grads = <double *>data(norm), <double *>data(grads)
+    job.affine = job.stats + 3 * job.channels
     job.part = <double *>data(part)
     job.coef = job.part + 2 * (job.blocks + 1) * (job.columns or job.channels)
     job.streaming = job.streaming and can_stream(&job)

@@ -14,6 +14,7 @@ from reference import assert_close
 from reference import batch_norm as reference
 
 import fastbn
+from fastbn import _engine
 from fastbn.backends import _plan
 
 LONG_ROWS = tuple(case for case in PARALLEL if case.axis == 1 and np.prod(case.shape[2:]) >= 512)
@@ -31,9 +32,13 @@ def streaming(monkeypatch) -> Iterator[None]:
     """Make the plan stream, as if the cache were small and the CPU one that gains by it."""
     monkeypatch.setattr(_plan, "cache_bytes", lambda level: 1)
     monkeypatch.setattr(_plan, "is_intel", lambda: False)
-    _plan.cut.cache_clear()
+    forget_plans()
     yield
-    _plan.cut.cache_clear()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    _engine.kernels()._operations._prepared.cache_clear()
 
 
 def layer(case: Case, channels: int, **options) -> fastbn.BatchNorm2d:
@@ -109,7 +114,7 @@ def test_what_is_not_there_does_not_keep_numba_from_streaming(backend):
         wide = numba_.seen_as(x, np.float64)
         job = _job.make_job(numba_.seen_as(x, np.intp), (
             True, False, 0.0, 1.0, 0.0, x, residual, dy, y, dx, x, numba_.seen_as(x, np.uint16),
-            x, x, x, x, wide, wide, wide, wide,
+            x, x, x, x, wide, wide, wide,
         ))  # fmt: skip
         return numba_.can_stream(job)
 

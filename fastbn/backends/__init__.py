@@ -5,8 +5,8 @@ the order of memory a tensor is (N, C, S): channels first has S > 1, channels la
 
     x, y, dy, dx, residual, dresidual   of one dtype and memory order; residual and dresidual may be None
     parameters                          weight, bias and running statistics, or what of them is there; see `_channels`
-    stats                               (3, C) float64: mean, biased variance, invstd
-    affine                              (3, C) float64: center, scale, shift; y = (x - center) * scale + shift
+    norm                                (6, C) float64: mean, biased variance and invstd of the statistics; and center,
+                                        scale and shift of y = (x - center) * scale + shift
     slope                               of the activation below zero: 1 none, 0 ReLU, between leaky ReLU
     signs                               uint16 from `sign_words`, or None: which outputs the activation let through
 

@@ -27,11 +27,11 @@ _FLAGS = ("training", "wide")
 _NUMBERS = ("eps", "slope", "factor")
 _VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtype
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # of float64 if `wide`, else of float32
-_DOUBLES = ("stats", "affine", "grads", "part")
+_DOUBLES = ("stats", "grads", "part", "affine")
 
-# What a kernel is called with, behind the plan; `coef` lies behind the parts.
-ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES)
-FIELDS = (*Plan._fields, *ARGUMENTS, "coef")
+# What a kernel is called with, behind the plan; `affine` lies behind the statistics, `coef` behind the parts.
+ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1])
+FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef")
 
 
 def kinds_of(real):

@@ -1,12 +1,13 @@
 """A backend's operations as calls of its one kernel: written once for Numba and Cython.
 
 The kernel takes flags (backward, reduce, apply), a plan, numbers and arrays, which are None where they are not there.
-`stats` (3, C) is mean, variance and invstd, `affine` (3, C) center, scale and shift, all in float64.
+`norm` (6, C) is mean, variance and invstd, then center, scale and shift, all in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,19 @@ class Operations:
         self._threads = threads
         self._lanes = lanes
         self._image_kernel_of = image_kernel_of
+        self._prepared = lru_cache(4096)(self._prepare)
 
-    def _cut(self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None) -> tuple[Array, int]:
-        return cut(n, c, s, x.itemsize, arrays, self._threads(), signs is not None)
+    def _ready(
+        self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None
+    ) -> tuple[Callable[..., None], Array, int]:
+        """Kernel and plan for x and so many arrays like it, and how many float64 values of room they need."""
+        return self._prepared(x.dtype, n, c, s, arrays, self._threads(), signs is not None)
+
+    def _prepare(
+        self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool
+    ) -> tuple[Callable[..., None], Array, int]:
+        plan, room = cut(n, c, s, dtype.itemsize, arrays, threads, signs)
+        return self._kernel_of(dtype), plan, room
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""
@@ -58,11 +69,11 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        plan, room = self._cut(x, n, c, s, 1)
+        kernel, plan, room = self._ready(x, n, c, s, 1)
         stats = np.empty((2, c))
-        self._kernel_of(x.dtype)(
+        kernel(
             False, True, False, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
-            None, None, None, None, stats, None, None, np.empty(room),
+            None, None, None, None, stats, None, np.empty(room),
         )  # fmt: skip
         mean[:], m2[:] = stats
         rest[:] = 0.0
@@ -90,17 +101,16 @@ class Operations:
         s: int,
         y: Array,
         signs: Array | None,
-        stats: Array,
-        affine: Array,
+        norm: Array,
     ) -> None:
         """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
         weight, bias, mean, var, wide = parameters
         if factor is None:
             factor, mean, var = 0.0, None, None
-        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
-        self._kernel_of(x.dtype)(
+        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel(
             False, True, True, plan, True, wide, eps, slope, factor, x, residual, None, y, None, None, signs,
-            weight, bias, mean, var, stats, affine, None, np.empty(room),
+            weight, bias, mean, var, norm, None, np.empty(room),
         )  # fmt: skip
 
     def inference(
@@ -115,22 +125,21 @@ class Operations:
         s: int,
         y: Array,
         signs: Array | None,
-        stats: Array,
-        affine: Array,
+        norm: Array,
     ) -> None:
-        """`stats` and `affine` from the running statistics, then the output."""
+        """`norm` from the running statistics, then the output."""
         weight, bias, mean, var, wide = parameters
-        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
-        self._kernel_of(x.dtype)(
+        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel(
             False, False, True, plan, True, wide, eps, slope, 0.0, x, residual, None, y, None, None, signs,
-            weight, bias, mean, var, stats, affine, None, np.empty(room),
+            weight, bias, mean, var, norm, None, np.empty(room),
         )  # fmt: skip
 
     def transform(
         self,
         x: Array,
         residual: Array | None,
-        affine: Array,
+        norm: Array,
         slope: float,
         n: int,
         c: int,
@@ -139,18 +148,17 @@ class Operations:
         signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        plan, room = self._cut(x, n, c, s, 2 if residual is None else 3, signs)
-        self._kernel_of(x.dtype)(
+        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel(
             False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
-            None, None, None, None, None, affine, None, np.empty(room),
+            None, None, None, None, norm, None, np.empty(room),
         )  # fmt: skip
 
     def backward(
         self,
         dy: Array,
         x: Array,
-        stats: Array,
-        affine: Array,
+        norm: Array,
         training: bool,
         slope: float,
         signs: Array | None,
@@ -163,11 +171,11 @@ class Operations:
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        plan, room = self._cut(x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, room = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
         grads = np.empty((4, c))
-        self._kernel_of(x.dtype)(
+        kernel(
             True, True, True, plan, training, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
-            None, None, None, None, stats, affine, grads, np.empty(room),
+            None, None, None, None, norm, grads, np.empty(room),
         )  # fmt: skip
         dweight[:] = grads[0]
         dbias[:] = grads[1]
@@ -176,8 +184,7 @@ class Operations:
         self,
         dy: Array,
         x: Array,
-        stats: Array,
-        affine: Array,
+        norm: Array,
         slope: float,
         signs: Array | None,
         n: int,
@@ -186,18 +193,17 @@ class Operations:
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        plan, room = self._cut(x, n, c, s, 2, signs)
-        self._kernel_of(x.dtype)(
+        kernel, plan, room = self._ready(x, n, c, s, 2, signs)
+        kernel(
             True, True, False, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
-            None, None, None, None, stats, affine, sums, np.empty(room),
+            None, None, None, None, norm, sums, np.empty(room),
         )  # fmt: skip
 
     def gradient_apply(
         self,
         dy: Array,
         x: Array,
-        stats: Array,
-        affine: Array,
+        norm: Array,
         slope: float,
         signs: Array | None,
         n: int,
@@ -208,8 +214,8 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        plan, room = self._cut(x, n, c, s, 3 if dresidual is None else 4, signs)
-        self._kernel_of(x.dtype)(
+        kernel, plan, room = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel(
             True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
-            None, None, None, None, stats, affine, grads, np.empty(room),
+            None, None, None, None, norm, grads, np.empty(room),
         )  # fmt: skip

@@ -23,7 +23,6 @@ E. Where output is all there is to do, what comes next is *prefetched* meanwhile
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -66,7 +65,6 @@ class Plan(NamedTuple):
     ahead: int  # how far to prefetch while output is written, in values; 0 within the cache
 
 
-@lru_cache(4096)
 def cut(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool) -> tuple[NDArray[np.intp], int]:
     """The `plan` of these arguments as kernels take it, and how many float64 values of room they need.
 

@@ -1129,17 +1129,18 @@ def last_row(job, backward, phase):
 
 def _kernel(
     backward, reduce, apply, plan, training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
-    weight, bias, running_mean, running_var, stats, affine, grads, part,
+    weight, bias, running_mean, running_var, norm, grads, part,
 ):  # fmt: skip
     """Reduction (statistics, or sums of gradients) and output, or one of them.
 
     Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two, or
-    `affine` from the running statistics if they are given.
+    `norm` from the running statistics if they are given.
     """
     job = make_job(plan, (
         training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
-        weight, bias, running_mean, running_var, stats, affine, grads, part,
+        weight, bias, running_mean, running_var, norm, grads, part,
     ))  # fmt: skip
+    job.affine = ahead_of(job.stats, 3 * job.channels)
     job.coef = seen_as(ahead_of(part, 2 * (job.blocks + 1) * (job.columns or job.channels)), x)
     job.streaming = job.streaming and can_stream(job)
     columns, threads = job.columns, job.threads

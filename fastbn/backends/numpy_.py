@@ -67,17 +67,16 @@ def forward(
     s: int,
     y: Array,
     signs: Array | None,
-    stats: Array,
-    affine: Array,
+    norm: Array,
 ) -> None:
     """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
     mean, rest, m2 = np.empty((3, c))
     moments(x, n, c, s, mean, rest, m2)
-    stats[:], affine[:] = finish_statistics(n * s, mean, m2, parameters, eps)
-    transform(x, residual, affine, slope, n, c, s, y, signs)
+    norm[:] = finish_statistics(n * s, mean, m2, parameters, eps)
+    transform(x, residual, norm, slope, n, c, s, y, signs)
     _, _, running_mean, running_var, _ = parameters
     if factor is not None and running_mean is not None and running_var is not None:
-        update_running(running_mean, running_var, stats, n * s, factor)
+        update_running(running_mean, running_var, norm, n * s, factor)
 
 
 def inference(
@@ -91,23 +90,22 @@ def inference(
     s: int,
     y: Array,
     signs: Array | None,
-    stats: Array,
-    affine: Array,
+    norm: Array,
 ) -> None:
-    """`stats` and `affine` from the running statistics, then the output."""
-    stats[:], affine[:] = fold(parameters, eps)
-    transform(x, residual, affine, slope, n, c, s, y, signs)
+    """`norm` from the running statistics, then the output."""
+    norm[:] = fold(parameters, eps)
+    transform(x, residual, norm, slope, n, c, s, y, signs)
 
 
 def transform(
-    x: Array, residual: Array | None, affine: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array | None
+    x: Array, residual: Array | None, norm: Array, slope: float, n: int, c: int, s: int, y: Array, signs: Array | None
 ) -> None:
     """y = activation((x - center) * scale + shift + residual)."""
     out = _seen(y, n, c, s)
     open_ = None if signs is None else np.empty((n, c, s), bool)
     with np.errstate(all="ignore"):
         for part in _parts(n, c, s):
-            z = _preactivation(_wide(x, n, c, s)(part), affine)
+            z = _preactivation(_wide(x, n, c, s)(part), norm)
             if residual is not None:
                 z += _wide(residual, n, c, s)(part)
             if slope != 1.0:
@@ -124,8 +122,7 @@ def transform(
 def backward(
     dy: Array,
     x: Array,
-    stats: Array,
-    affine: Array,
+    norm: Array,
     training: bool,
     slope: float,
     signs: Array | None,
@@ -138,11 +135,11 @@ def backward(
     dbias: Array,
 ) -> None:
     """Gradients of input, residual, weight and bias (Ioffe and Szegedy 2015, section 3)."""
-    mean, _, invstd = (row[:, None] for row in stats)
+    mean, _, invstd, _, scale, _ = norm[:, :, None]
     sums = np.empty((2, c))
-    gradient_sums(dy, x, stats, affine, slope, signs, n, c, s, sums)
+    gradient_sums(dy, x, norm, slope, signs, n, c, s, sums)
     sum_dy, dot = sums[:, :, None]
-    gated = _gated(dy, x, affine, slope, signs, n, c, s)
+    gated = _gated(dy, x, norm, slope, signs, n, c, s)
     with np.errstate(all="ignore"):
         dweight[:] = (dot * invstd)[:, 0]
         dbias[:] = sums[0]
@@ -152,14 +149,13 @@ def backward(
                 _seen(dresidual, n, c, s)[part] = g
             if training:
                 g = g - sum_dy / (n * s) - (_wide(x, n, c, s)(part) - mean) * (dot * invstd**2 / (n * s))
-            _seen(dx, n, c, s)[part] = affine[1][:, None] * g
+            _seen(dx, n, c, s)[part] = scale * g
 
 
 def gradient_sums(
     dy: Array,
     x: Array,
-    stats: Array,
-    affine: Array,
+    norm: Array,
     slope: float,
     signs: Array | None,
     n: int,
@@ -169,19 +165,18 @@ def gradient_sums(
 ) -> None:
     """Sums of dy behind the activation, and of it times x - mean."""
     sums[:] = 0.0
-    gated = _gated(dy, x, affine, slope, signs, n, c, s)
+    gated = _gated(dy, x, norm, slope, signs, n, c, s)
     with np.errstate(all="ignore"):
         for part in _parts(n, c, s):
             g = gated(part)
             sums[0] += g.sum((0, 2))
-            sums[1] += (g * (_wide(x, n, c, s)(part) - stats[0][:, None])).sum((0, 2))
+            sums[1] += (g * (_wide(x, n, c, s)(part) - norm[0][:, None])).sum((0, 2))
 
 
 def gradient_apply(
     dy: Array,
     x: Array,
-    stats: Array,
-    affine: Array,
+    norm: Array,
     slope: float,
     signs: Array | None,
     n: int,
@@ -193,15 +188,15 @@ def gradient_apply(
 ) -> None:
     """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
     _, _, a, b = grads[:, :, None]
-    gated = _gated(dy, x, affine, slope, signs, n, c, s)
+    gated = _gated(dy, x, norm, slope, signs, n, c, s)
     with np.errstate(all="ignore"):
-        mean = stats[0].astype(x.dtype)[:, None]
+        mean, scale = norm[0].astype(x.dtype)[:, None], norm[4][:, None]
         for part in _parts(n, c, s):
             g = gated(part)
             centred = _wide(x, n, c, s)(part) - mean
             if dresidual is not None:
                 _seen(dresidual, n, c, s)[part] = g
-            _seen(dx, n, c, s)[part] = affine[1][:, None] * g + (a * centred + b)
+            _seen(dx, n, c, s)[part] = scale * g + (a * centred + b)
 
 
 def _parts(n: int, c: int, s: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -224,8 +219,8 @@ def _wide(x: Array, n: int, c: int, s: int) -> Callable[[Any], Array]:
     return lambda part: seen[part].astype(np.float64)
 
 
-def _preactivation(x: Array, affine: Array) -> Array:
-    center, scale, shift = affine[:, :, None]
+def _preactivation(x: Array, norm: Array) -> Array:
+    center, scale, shift = norm[3:, :, None]
     z: Array = (x - center) * scale + shift
     return z
 
@@ -234,7 +229,7 @@ def _activated(z: Array, positive: Array, slope: float) -> Array:
     return np.where(positive, z, 0.0 if slope == 0.0 else slope * z)
 
 
-def _gated(dy: Array, x: Array, affine: Array, slope: float, signs: Array | None, *size: int) -> Callable[[Any], Array]:
+def _gated(dy: Array, x: Array, norm: Array, slope: float, signs: Array | None, *size: int) -> Callable[[Any], Array]:
     """dy behind the activation, part by part; its signs are read or, without a residual, computed again."""
     wide, wide_x = _wide(dy, *size), _wide(x, *size)
     if slope == 1.0:
@@ -242,4 +237,4 @@ def _gated(dy: Array, x: Array, affine: Array, slope: float, signs: Array | None
     if signs is not None:
         open_ = np.unpackbits(signs.view(np.uint8), count=dy.size).reshape(size) == 1
         return lambda part: _activated(wide(part), open_[part], slope)
-    return lambda part: _activated(wide(part), ~(_preactivation(wide_x(part), affine) <= 0), slope)
+    return lambda part: _activated(wide(part), ~(_preactivation(wide_x(part), norm) <= 0), slope)
