@@ -226,10 +226,7 @@ def scale_shift(x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int =
         Like `x`.
     """
     xv = view(_at_least_1d(floating(x)), axis)
-    norm = np.zeros((6, xv.c))
-    norm[4] = channel_vector(scale, "scale", xv.c)
-    norm[5] = channel_vector(shift, "shift", xv.c)
-    return _transform(xv, None, norm, 1.0, out)[0]
+    return _transform(xv, None, _norm_of(scale, shift, xv.c), 1.0, out)[0]
 
 
 def moments(
@@ -259,6 +256,14 @@ def moments(
 # --- what layers are made of ----------------------------------------------------------------------------------------
 
 
+def _training_eps(eps: Any) -> float:
+    """`eps` as a float, checked for statistics of a batch."""
+    value = real(eps, "eps")
+    if not value > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {value}")
+    return value
+
+
 def _normalize_batch(
     xv: View,
     residual: Any,
@@ -269,16 +274,14 @@ def _normalize_batch(
     factor: float | None = None,
 ) -> tuple[Array, Saved]:
     """Training forward: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
-    eps = real(eps, "eps")
-    if not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    eps = _training_eps(eps)
     count = xv.n * xv.s
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
     y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
     norm = np.empty((6, xv.c))
     if xv.array.size:
-        kernels().forward(xv.array, res, parameters, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
+        kernels().forward(xv.array, res, parameters, True, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
         norm[:3], norm[3:] = np.nan, 0.0
     return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten)
@@ -294,9 +297,7 @@ def _normalize_merged(
     merged: Callable[[int, Array, Array], tuple[int, Array, Array]],
 ) -> tuple[Array, Saved]:
     """Training forward with the statistics that `merged` makes of the batch's count, mean and m2."""
-    eps = real(eps, "eps")
-    if not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    eps = _training_eps(eps)
     y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
     size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
     if xv.array.size:
@@ -318,7 +319,7 @@ def _normalize_running(
     y, res, signs, overwritten = _prepare(xv, residual, slope, out, ())
     if xv.array.size:
         norm = np.empty((6, xv.c))
-        kernels().inference(xv.array, res, parameters, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
+        kernels().forward(xv.array, res, parameters, False, None, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
         norm = fold(parameters, eps)
     return _delivered(y, out), Saved(xv, norm, signs, slope, False, residual is not None, overwritten)
@@ -410,6 +411,14 @@ def _delivered(y: Array, out: Array | None) -> Array:
     return out
 
 
+def _norm_of(scale: Any, shift: Any, channels: int) -> Array:
+    """`norm` of a scale and a shift alone."""
+    norm = np.zeros((6, channels))
+    norm[4] = channel_vector(scale, "scale", channels)
+    norm[5] = channel_vector(shift, "shift", channels)
+    return norm
+
+
 def _weight_and_bias(weight: Any, bias: Any, channels: int) -> tuple[Array | None, Array | None]:
     """weight and bias as kernels take them, or None."""
     return (
@@ -426,12 +435,12 @@ def _running_vectors(running_mean: Any, running_var: Any, channels: int, update:
     return mean, var
 
 
-def _write_back(updated: Parameters, running_mean: Array | None, running_var: Array | None) -> None:
+def _write_back(updated: Parameters, running_mean: Any, running_var: Any) -> None:
     """Copy to the caller's arrays what was updated in copies of them."""
-    if updated.running_mean is not running_mean or updated.running_var is not running_var:
-        for vector, target in ((updated.running_mean, running_mean), (updated.running_var, running_var)):
-            if vector is not None and target is not None and vector is not target:
-                np.copyto(target, vector)
+    if updated.running_mean is not None and updated.running_mean is not running_mean:
+        np.copyto(running_mean, updated.running_mean)
+    if updated.running_var is not None and updated.running_var is not running_var:
+        np.copyto(running_var, updated.running_var)
 
 
 def _at_least_1d(x: Array) -> Array:

@@ -528,9 +528,7 @@ class ScaleShift:
         activation: Activation = None,
     ) -> None:
         scale = numbers(scale, "scale")
-        norm = np.zeros((6, scale.size))
-        norm[4] = channel_vector(scale, "scale", norm.shape[1])
-        norm[5] = channel_vector(shift, "shift", norm.shape[1])
+        norm = F._norm_of(scale, shift, scale.size)
         rounded = norm.astype(_dtype(dtype))
         rounded.flags.writeable = False
         for name, value in (

@@ -102,9 +102,7 @@ class _Variant(_BatchNorm):
 
     def _moments(self, xv: View) -> tuple[Array, Array]:
         """Mean and m2 of the batch, (C,)."""
-        eps = real(self.eps, "eps")
-        if not eps > 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+        F._training_eps(self.eps)
         if xv.n * xv.s == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
         mean, m2 = np.zeros(xv.c), np.zeros(xv.c)

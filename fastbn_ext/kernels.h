@@ -190,7 +190,7 @@ static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows
     NAME(settle)(s2, width);
 }
 
-/* Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`. */
+/* `sum_gradients` of a kind that is known when this is compiled. */
 point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
                              Index word, Index words, double *s1, double *s2, const int kind) {
     const W zero = NAME(splat_wide)(0), one = NAME(ones)();

@@ -40,7 +40,7 @@ class _Fragment(_Apart):
         self._finalize_dynamic_globals()
         self._finalized = True
 
-    def get_pointer_to_function(self, name):  # noqa: ARG002  # Numba's signature
+    def get_pointer_to_function(self, _):
         """None: a null pointer."""
         self._ensure_finalized()
         return 0

@@ -93,6 +93,7 @@ class Operations:
         x: Array,
         residual: Array | None,
         parameters: Parameters,
+        training: bool,
         factor: float | None,
         eps: float,
         slope: float,
@@ -103,35 +104,13 @@ class Operations:
         signs: Array | None,
         norm: Array,
     ) -> None:
-        """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
+        """`norm` of the batch, which the running statistics follow by `factor` if any, or of these; the output."""
         weight, bias, mean, var, wide = parameters
-        if factor is None:
-            factor, mean, var = 0.0, None, None
+        if training and factor is None:
+            mean = var = None
         kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
-            False, True, True, plan, True, wide, eps, slope, factor, x, residual, None, y, None, None, signs,
-            weight, bias, mean, var, norm, None, np.empty(room),
-        )  # fmt: skip
-
-    def inference(
-        self,
-        x: Array,
-        residual: Array | None,
-        parameters: Parameters,
-        eps: float,
-        slope: float,
-        n: int,
-        c: int,
-        s: int,
-        y: Array,
-        signs: Array | None,
-        norm: Array,
-    ) -> None:
-        """`norm` from the running statistics, then the output."""
-        weight, bias, mean, var, wide = parameters
-        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
-        kernel(
-            False, False, True, plan, True, wide, eps, slope, 0.0, x, residual, None, y, None, None, signs,
+            False, training, True, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
             weight, bias, mean, var, norm, None, np.empty(room),
         )  # fmt: skip
 

@@ -31,11 +31,10 @@ def _image_kernel_of(dtype: np.dtype[Any]) -> Callable[..., None]:
 
 
 _operations = Operations(lambda _: _kernels.kernel, _engine.get_num_threads, _kernels.lanes, _image_kernel_of)
-sign_words, moments, forward, inference, transform = (
+sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,
     _operations.forward,
-    _operations.inference,
     _operations.transform,
 )
 backward, gradient_sums, gradient_apply = (

@@ -1272,11 +1272,10 @@ def _image_kernel_of(dtype: np.dtype[Any]) -> Any:
 
 
 _operations = Operations(_compiled, _threads, lambda _: LANES, _image_kernel_of)
-sign_words, moments, forward, inference, transform = (
+sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,
     _operations.forward,
-    _operations.inference,
     _operations.transform,
 )
 backward, gradient_sums, gradient_apply = (

@@ -59,6 +59,7 @@ def forward(
     x: Array,
     residual: Array | None,
     parameters: Parameters,
+    training: bool,
     factor: float | None,
     eps: float,
     slope: float,
@@ -69,31 +70,16 @@ def forward(
     signs: Array | None,
     norm: Array,
 ) -> None:
-    """Training: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
-    mean, rest, m2 = np.empty((3, c))
-    moments(x, n, c, s, mean, rest, m2)
-    norm[:] = finish_statistics(n * s, mean, m2, parameters, eps)
-    transform(x, residual, norm, slope, n, c, s, y, signs)
+    """`norm` of the batch, which the running statistics follow by `factor` if any, or of these; the output."""
     _, _, running_mean, running_var, _ = parameters
-    if factor is not None and running_mean is not None and running_var is not None:
-        update_running(running_mean, running_var, norm, n * s, factor)
-
-
-def inference(
-    x: Array,
-    residual: Array | None,
-    parameters: Parameters,
-    eps: float,
-    slope: float,
-    n: int,
-    c: int,
-    s: int,
-    y: Array,
-    signs: Array | None,
-    norm: Array,
-) -> None:
-    """`norm` from the running statistics, then the output."""
-    norm[:] = fold(parameters, eps)
+    if training:
+        mean, rest, m2 = np.empty((3, c))
+        moments(x, n, c, s, mean, rest, m2)
+        norm[:] = finish_statistics(n * s, mean, m2, parameters, eps)
+        if factor is not None and running_mean is not None and running_var is not None:
+            update_running(running_mean, running_var, norm, n * s, factor)
+    else:
+        norm[:] = fold(parameters, eps)
     transform(x, residual, norm, slope, n, c, s, y, signs)
 
 
