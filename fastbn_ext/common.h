@@ -13,10 +13,10 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
 enum { HIGH, LOW, SCALE, MEAN, A, B };                        /* rows of `coef` */
-enum { PLAIN, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds of output: of x, with activation, residual, both; or any */
-enum { LINE = 64, BLOCK = 1 << 14, SHORT = 512, AHEAD = 128 };                 /* row nest */
-enum { STREAMS = 4, PIECE = BLOCK / STREAMS };                                 /* rows at a time, and their pieces */
-enum { SLAB = 1600, SLAB_COEF = 6 * SLAB, SAMPLES = 16 };                      /* slabs */
+enum { PLAIN, RELU, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds: with ReLU, any activation, residual, it and ReLU; or any */
+enum { OUTPUT, GRADIENT, RESIDUAL };                              /* what is written: y, dx, dresidual */
+enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STREAMS }; /* row nest */
+enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
@@ -49,7 +49,7 @@ typedef struct { Index first, rows, column, length; } Block; /* rows of values o
 typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
 typedef struct { Index turn, after; } Ahead;
 typedef struct { Index first, apart, rows; } Bundle; /* rows that are read at a time */
-typedef struct { Index at, stride, width, word, words; } Slab; /* its rows and their signs: begin, distance */
+typedef struct { Index at, stride, word, words; } Slab; /* a run's rows and their signs: begin, distance */
 typedef struct { Index first, rows, column, width; double *part; } Chunk; /* columns of a block of rows, their sums */
 
 point Index min(Index a, Index b) { return a < b ? a : b; }
@@ -76,34 +76,40 @@ point Block block_of(Index b, Index n, Index s, Index height, Index piece) {
     return (Block){first, min(height, n - first), p * piece, p < pieces - 1 ? piece : s - p * piece};
 }
 
-/* Block b of a reduction: of long rows whole bundles of streams. */
+/* Block b of a reduction: whole bundles of streams. */
 point Block block_to_reduce(const Job *job, Index b) {
-    const Index s = job->s, height = s < SHORT ? BLOCK / s : max(1, (BLOCK / s + STREAMS - 1) / STREAMS) * STREAMS;
+    const Index s = job->s, height = max(1, (BLOCK / s + STREAMS - 1) / STREAMS) * STREAMS;
     return block_of(b, job->n, s, height, PIECE);
 }
 
-/* How far away value i of a row has what is AHEAD of it in its channel, whose rows are read STREAMS at a time from `row`
-   of block k on: AHEAD where i < turn, and `after` elsewhere. */
-point Ahead ahead_in(const Job *job, Block k, Index row) {
-    if (k.column + k.length < job->s) return (Ahead){k.length, AHEAD};
-    const Index after = STREAMS * job->channels * job->s - job->s + AHEAD;
+/* How far away value i of a row of block k, of the q-th channel of a run, has what is AHEAD of it, where rows are read
+   STREAMS at a time from `row` on: AHEAD where i < turn, and `after` elsewhere. Behind the last channel it is in the next
+   rows. */
+point Ahead ahead_in(const Job *job, Run run, Block k, Index row, Index q) {
+    const Index channels = run.c1 - run.c0, after = (STREAMS * job->channels - channels) * job->s + AHEAD;
+    if (q < channels - 1 || k.column + k.length < job->s) return (Ahead){k.length, AHEAD};
     return (Ahead){k.length - AHEAD, k.first + row + STREAMS < job->n ? after : 0};
 }
 
-/* Channels and samples of a task of output alone: as many as lie in a block's length. */
-point Index spread_of(const Job *job) { return job->s < SHORT || job->s > BLOCK ? job->run : BLOCK / job->s; }
-point Index samples_of(const Job *job) { return job->s >= SHORT ? 1 : SAMPLES; }
+/* Channels of a task of output alone: as many as lie in a block's length or, with signs, as have words together. */
+point Index spread_of(const Job *job) { return job->s > BLOCK || job->signs ? job->run : BLOCK / job->s; }
+
+/* Sign i of each of so many rows, in one word. */
+point uint16_t gathered_bits(const uint16_t *sign, Index words, const Index streams, Index i, Index lanes) {
+    unsigned bits = 0;
+    for (Index r = 0; r < streams; r++) bits |= (sign[r * words + i / lanes] >> i % lanes & 1u) << r;
+    return bits;
+}
 
 /* Number of runs of so many neighbouring channels, and run t. */
 point Index runs_of(const Job *job, Index run) { return (job->channels + run - 1) / run; }
 point Run run_of(const Job *job, Index t, Index run) { return (Run){t * run, min(t * run + run, job->channels)}; }
 
-/* The slab of a run of channels from sample `first` on. With signs, all slabs but the last are of one width. */
-point Slab slab_of(const Job *job, Run run, Index first, Index lanes) {
+/* The rows of a run from channel c0 and sample `first` on. With signs, all runs but the last are of one width. */
+point Slab slab_of(const Job *job, Index c0, Index first, Index lanes) {
     const Index s = job->s, stride = job->channels * s, slab = words_of(job->run * s, lanes);
     const Index words = runs_of(job, job->run) * slab;
-    const Index at = first * stride + run.c0 * s, word = first * words + run.c0 / job->run * slab;
-    return (Slab){at, stride, (run.c1 - run.c0) * s, word, words};
+    return (Slab){first * stride + c0 * s, stride, first * words + c0 / job->run * slab, words};
 }
 
 /* Rows are read so many at a time, a bundle, each from a stream of its own: bundle b has row b of every stream, which are
@@ -145,15 +151,21 @@ point Moments sums_of(const Job *job, Index c, Index b) {
     return sums;
 }
 
-/* Kind of output. GCC leaves tests of what never changes in loops of many (inference with a residual, in cache: 15 ns for
-   16 values, 6 so); LLVM does not. */
-point int kind_of(int added, int activated, int signs) {
-    if (!added && !signs) return activated ? ACTIVATED : PLAIN;
-    return added && activated && signs ? SIGNED : added && !activated ? ADDED : ANY;
+/* Kind of output, or of a gradient where there are signs. GCC leaves tests of what never changes in loops of many (inference
+   with a residual, in cache: 15 ns for 16 values, 6 so); LLVM does not. A ReLU needs one instruction where an activation
+   needs four (8x64x56x56, backward with it: 11.8 ns, 10.4 so). */
+point int kind_of(int added, double slope, int signs) {
+    if (!added && !signs) return slope == 1 ? PLAIN : slope == 0 ? RELU : ACTIVATED;
+    return added && slope == 1 ? ADDED : added && slope == 0 && signs ? SIGNED : ANY;
 }
-
-/* Whether a backward pass computes the activation's signs again. */
-point int signs_again(const Job *job) { return job->slope != 1 && !job->signs; }
+point int gradient_kind(const Job *job) { return kind_of(job->signs != 0, job->slope, job->signs != 0); }
+point int kind_to_write(const Job *job, int backward) {
+    if (!job->training) return ANY;
+    return backward ? gradient_kind(job) : kind_of(job->residual != 0, job->slope, job->signs != 0);
+}
+point double slope_of(const Job *job, int kind) {
+    return kind == PLAIN || kind == ADDED ? 1 : kind == RELU || kind == SIGNED ? 0 : job->slope;
+}
 
 /* In place the lines are in the cache already. */
 static inline int can_stream(const Job *job) {
@@ -166,7 +178,7 @@ static inline Index tasks_of(const Job *job, int phase) {
     switch (phase) {
     case FUSED: return runs_of(job, job->run);
     case REDUCE: return job->blocks * runs_of(job, job->run);
-    case APPLY: return blocks_of(job->n, job->s, samples_of(job), BLOCK) * runs_of(job, spread_of(job));
+    case APPLY: return blocks_of(job->n, job->s, 1, BLOCK) * runs_of(job, spread_of(job));
     case REDUCE_COLUMNS: return job->blocks * chunks_of(job->columns);
     default: return (job->rows + group_of(job->columns) - 1) / group_of(job->columns);
     }

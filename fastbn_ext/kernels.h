@@ -64,98 +64,171 @@ point void NAME(prefetch_two)(const REAL *x) {
     for (Index i = 0; i < 2 * LANES; i += LINE / (Index)sizeof(REAL)) prefetch(x + i);
 }
 
-/* Mean and m2 of block b of channel c. */
-static void NAME(block_moments)(const Job *job, Index c, Index b, double *mean, double *m2) {
-    const Block k = block_to_reduce(job, b);
-    const Index stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
-    const REAL *x = (const REAL *)job->x + k.first * stride + c * job->s + k.column;
-    const REAL shift = NAME(shift_of)(x);
+/* Signs of the vector from value i on in a row whose words are these. */
+point M NAME(mask_at)(const uint16_t *sign, Index i) {
+    const size_t word = (size_t)i / LANES, bit = (size_t)i % LANES;
+    return NAME(mask_of)((sign[word] | (uint32_t)sign[word + 1] << LANES) >> bit);
+}
+
+/* One value of each of so many rows, and `rest` in the lanes left. */
+point V NAME(gathered)(const REAL *x, Index stride, const Index streams, V rest) {
+    for (Index r = 0; r < streams; r++) rest[r] = x[r * stride];
+    return rest;
+}
+
+/* Add so many rows of a channel at a time, `stride` apart, to the sums of x - around and of its square. */
+point void NAME(row_moments)(const REAL *x, Index stride, const Index streams, Index length, Ahead far, REAL shift, W *sum1,
+                             W *sum2) {
+    const Index whole = length - length % (2 * LANES);
     const V beyond = NAME(splat)(shift); /* stands in lanes that count no more */
     const W around = NAME(widen)(beyond), one = NAME(ones)();
-    W s1 = NAME(splat_wide)(0), s2 = s1, t1 = s1, t2 = s1; /* two sums each: one would wait for its last addition */
-    for (Index row = 0; row < k.rows; row += STREAMS, x += STREAMS * stride) {
-        const Index streams = min(STREAMS, k.rows - row);
-        const Ahead far = ahead_in(job, k, row);
-        Index i = 0;
-        for (int turned = 0; turned < 2; turned++) {
-            const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
-            for (; i < stop; i += 2 * LANES)
-                for (Index r = 0; r < streams; r++) {
-                    const REAL *at = x + r * stride + i;
-                    NAME(prefetch_two)(at + ahead);
-                    W d = NAME(minus)(NAME(load_widened)(at), around);
-                    W e = NAME(minus)(NAME(load_widened)(at + LANES), around);
-                    s1 = NAME(added)(s1, d, one);
-                    t1 = NAME(added)(t1, e, one);
-                    s2 = NAME(fused)(d, d, s2);
-                    t2 = NAME(fused)(e, e, t2);
-                }
-        }
-        for (; i < k.length; i += LANES)
+    W s1 = *sum1, s2 = *sum2, t1 = NAME(splat_wide)(0), t2 = t1; /* two sums each: one would wait for its last addition */
+    Index i = 0;
+    for (int turned = 0; turned < 2; turned++) {
+        const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
+        for (; i < stop; i += 2 * LANES)
             for (Index r = 0; r < streams; r++) {
-                const V value = NAME(load)(x + r * stride + min(i, k.length - LANES));
-                W d = NAME(minus)(NAME(widen)(NAME(where)(NAME(last)(k.length - i), value, beyond)), around);
+                const REAL *at = x + r * stride + i;
+                NAME(prefetch_two)(at + ahead);
+                W d = NAME(minus)(NAME(load_widened)(at), around);
+                W e = NAME(minus)(NAME(load_widened)(at + LANES), around);
+                s1 = NAME(added)(s1, d, one);
+                t1 = NAME(added)(t1, e, one);
+                s2 = NAME(fused)(d, d, s2);
+                t2 = NAME(fused)(e, e, t2);
+            }
+    }
+    if (i == length - 1 && LANES >= STREAMS) { /* as odd squares leave it */
+        W d = NAME(minus)(NAME(widen)(NAME(gathered)(x + i, stride, streams, beyond)), around);
+        s1 = NAME(plus)(s1, d);
+        s2 = NAME(fused)(d, d, s2);
+    } else
+        for (; i < length; i += LANES) {
+            const M tail = NAME(last)(length - i);
+            for (Index r = 0; r < streams; r++) {
+                const V value = NAME(load)(x + r * stride + min(i, length - LANES));
+                W d = NAME(minus)(NAME(widen)(NAME(where)(tail, value, beyond)), around);
                 s1 = NAME(plus)(s1, d);
                 s2 = NAME(fused)(d, d, s2);
             }
-    }
-    moments_of(shift, k.rows * k.length, NAME(total)(NAME(plus)(s1, t1)), NAME(total)(NAME(plus)(s2, t2)), mean, m2);
+        }
+    *sum1 = NAME(plus)(s1, t1);
+    *sum2 = NAME(plus)(s2, t2);
 }
 
-/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c; `kind` is known when this is compiled. */
-point void NAME(gradients_of_kind)(const Job *job, Index c, Index b, double *sum_dy, double *dot, const int kind) {
+/* Mean and m2 of block b of a run of channels, into `part`. */
+static void NAME(block_moments)(const Job *job, Run run, Index b) {
     const Block k = block_to_reduce(job, b);
-    const Index words = words_of(job->s, LANES), stride = job->channels * job->s, whole = k.length - k.length % (2 * LANES);
-    const REAL *coef = (const REAL *)job->coef + c, slope = job->slope;
-    const V high = NAME(splat)(coef[HIGH * job->channels]), scale = NAME(splat)(coef[SCALE * job->channels]);
-    const V low = NAME(splat)(coef[LOW * job->channels]);
-    const W around = NAME(splat_wide)(coef[MEAN * job->channels]), one = NAME(ones)();
-    W dys = NAME(splat_wide)(0), dots = dys, dys2 = dys, dots2 = dys;
-    for (Index row = 0; row < k.rows; row += STREAMS) {
-        const Index first = (k.first + row) * job->channels + c, begin = first * job->s + k.column;
-        const Index streams = min(STREAMS, k.rows - row), apart = job->channels * words; /* signs of neighbouring rows */
-        const Ahead far = ahead_in(job, k, row);
-        const REAL *x = (const REAL *)job->x + begin, *dy = (const REAL *)job->dy + begin;
-        const uint16_t *sign = kind == SIGNED ? job->signs + first * words + k.column / LANES : 0;
-        Index i = 0;
-#define OPEN(at, word) \
-    (kind == SIGNED ? NAME(mask_of)(sign[word]) : NAME(positive)(NAME(fma)(NAME(load)(x + at) - high, scale, low)))
-#define GATED(at, word) \
-    (kind == PLAIN ? NAME(load)(dy + at) : NAME(activated)(NAME(load)(dy + at), OPEN(at, word), slope))
-#define WIDE_GATED(at, word) (kind == PLAIN ? NAME(load_widened)(dy + at) : NAME(widen)(GATED(at, word)))
-        for (int turned = 0; turned < 2; turned++) {
-            const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
-            for (; i < stop; i += 2 * LANES)
-                for (Index r = 0, at = i, word = i / LANES; r < streams; r++, at += stride, word += apart) {
-                    NAME(prefetch_two)(x + at + ahead);
-                    NAME(prefetch_two)(dy + at + ahead);
-                    W g = WIDE_GATED(at, word), g2 = WIDE_GATED(at + LANES, word + 1);
-                    dys = NAME(added)(dys, g, one);
-                    dys2 = NAME(added)(dys2, g2, one);
-                    dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
-                    dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
-                }
+    const Index s = job->s, stride = job->channels * s, channels = run.c1 - run.c0;
+    const REAL *x = (const REAL *)job->x + k.first * stride + run.c0 * s + k.column;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    REAL shifts[MOST_CHANNELS];
+    W s1[MOST_CHANNELS], s2[MOST_CHANNELS];
+    for (Index q = 0; q < channels; q++) {
+        shifts[q] = NAME(shift_of)(x + q * s);
+        s1[q] = s2[q] = NAME(splat_wide)(0);
+    }
+#define ADD(streams) NAME(row_moments)(x + q * s, stride, streams, k.length, far, shifts[q], s1 + q, s2 + q)
+    for (Index row = 0; row < k.rows; row += STREAMS, x += STREAMS * stride)
+        for (Index q = 0; q < channels; q++) {
+            const Ahead far = ahead_in(job, run, k, row, q);
+            if (row + STREAMS <= k.rows) ADD(STREAMS);
+            else ADD(k.rows - row);
         }
-        for (; i < k.length; i += LANES)
-            for (Index r = 0, at = min(i, k.length - LANES); r < streams; r++, at += stride) {
-                const V g = GATED(at, i / LANES + r * apart);
-                const W counted = NAME(widen)((V)((M)g & NAME(last)(k.length - i)));
-                dys = NAME(plus)(dys, counted);
-                dots = NAME(fused)(counted, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+#undef ADD
+    for (Index q = 0; q < channels; q++, part++)
+        moments_of(shifts[q], k.rows * k.length, NAME(total)(s1[q]), NAME(total)(s2[q]), part, part + job->channels);
+}
+
+/* Add so many rows of a channel at a time, `stride` apart and their signs `words`, to the sums of gated dy and of
+   dy * (x - MEAN); their first sign is number `bit`. `kind` is known when this is compiled. */
+point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *sign, Index stride, Index words, Index bit,
+                               const Index streams, Index length, Ahead far, const REAL *coef, Index pitch, REAL slope,
+                               W *sum_dy, W *dot, const int kind) {
+    if (kind == SIGNED && !sign) __builtin_unreachable();
+    const Index whole = length - length % (2 * LANES);
+    const V high = NAME(splat)(coef[HIGH * pitch]), scale = NAME(splat)(coef[SCALE * pitch]);
+    const V low = NAME(splat)(coef[LOW * pitch]);
+    const W around = NAME(splat_wide)(coef[MEAN * pitch]), one = NAME(ones)();
+    W dys = *sum_dy, dots = *dot, dys2 = NAME(splat_wide)(0), dots2 = dys2;
+    Index i = 0;
+#define OPEN(at, i, r) \
+    (sign ? NAME(mask_at)(sign + r * words, bit + i) : NAME(positive)(NAME(fma)(NAME(load)(x + at) - high, scale, low)))
+#define GATED(at, i, r) \
+    (kind == PLAIN ? NAME(load)(dy + at) : NAME(activated)(NAME(load)(dy + at), OPEN(at, i, r), slope))
+#define WIDE_GATED(at, i, r) (kind == PLAIN ? NAME(load_widened)(dy + at) : NAME(widen)(GATED(at, i, r)))
+    for (int turned = 0; turned < 2; turned++) {
+        const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
+        for (; i < stop; i += 2 * LANES)
+            for (Index r = 0, at = i; r < streams; r++, at += stride) {
+                NAME(prefetch_two)(x + at + ahead);
+                NAME(prefetch_two)(dy + at + ahead);
+                W g = WIDE_GATED(at, i, r), g2 = WIDE_GATED(at + LANES, i + LANES, r);
+                dys = NAME(added)(dys, g, one);
+                dys2 = NAME(added)(dys2, g2, one);
+                dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+                dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
             }
+    }
+    if (i == length - 1 && LANES >= STREAMS) {
+        const V none = {0}, value = NAME(gathered)(x + i, stride, streams, none);
+        V g = NAME(gathered)(dy + i, stride, streams, none);
+        if (kind != PLAIN) {
+            const M signs = NAME(mask_of)(sign ? gathered_bits(sign, words, streams, bit + i, LANES) : 0);
+            g = NAME(activated)(g, sign ? signs : NAME(positive)(NAME(fma)(value - high, scale, low)), slope);
+        }
+        dys = NAME(plus)(dys, NAME(widen)(g));
+        dots = NAME(fused)(NAME(widen)(g), NAME(minus)(NAME(widen)(value), around), dots);
+    } else
+        for (; i < length; i += LANES) {
+            const Index from = min(i, length - LANES);
+            const M tail = NAME(last)(length - i);
+            for (Index r = 0, at = from; r < streams; r++, at += stride) {
+                const W g = NAME(widen)((V)((M)GATED(at, from, r) & tail));
+                dys = NAME(plus)(dys, g);
+                dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+            }
+        }
 #undef OPEN
 #undef GATED
 #undef WIDE_GATED
-    }
-    *sum_dy = NAME(total)(NAME(plus)(dys, dys2));
-    *dot = NAME(total)(NAME(plus)(dots, dots2));
+    *sum_dy = NAME(plus)(dys, dys2);
+    *dot = NAME(plus)(dots, dots2);
 }
 
-/* Sums of gated dy and of dy * (x - MEAN) over block b of channel c. */
-static void NAME(block_gradients)(const Job *job, Index c, Index b, double *sum_dy, double *dot) {
-    if (job->slope == 1) NAME(gradients_of_kind)(job, c, b, sum_dy, dot, PLAIN);
-    else if (job->signs) NAME(gradients_of_kind)(job, c, b, sum_dy, dot, SIGNED);
-    else NAME(gradients_of_kind)(job, c, b, sum_dy, dot, ACTIVATED);
+/* `block_gradients` of a kind that is known when this is compiled. */
+point void NAME(gradients_of_kind)(const Job *job, Run run, Index b, const int kind) {
+    const Block k = block_to_reduce(job, b);
+    const Slab slab = slab_of(job, run.c0, k.first, LANES);
+    const Index s = job->s, channels = run.c1 - run.c0;
+    const REAL *coef = (const REAL *)job->coef + run.c0;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    W dys[MOST_CHANNELS], dots[MOST_CHANNELS];
+    const REAL slope = slope_of(job, kind);
+    for (Index q = 0; q < channels; q++) dys[q] = dots[q] = NAME(splat_wide)(0);
+#define ADD(streams) \
+    NAME(row_gradients)((const REAL *)job->x + at, (const REAL *)job->dy + at, sign, slab.stride, slab.words, \
+                        q * s + k.column, streams, k.length, far, coef + q, job->channels, slope, dys + q, dots + q, kind)
+    for (Index row = 0; row < k.rows; row += STREAMS) {
+        const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + slab.word + row * slab.words : 0;
+        for (Index q = 0, at = slab.at + row * slab.stride + k.column; q < channels; q++, at += s) {
+            const Ahead far = ahead_in(job, run, k, row, q);
+            if (row + STREAMS <= k.rows) ADD(STREAMS);
+            else ADD(k.rows - row);
+        }
+    }
+#undef ADD
+    for (Index q = 0; q < channels; q++, part++) part[0] = NAME(total)(dys[q]), part[job->channels] = NAME(total)(dots[q]);
+}
+
+/* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
+static void NAME(block_gradients)(const Job *job, Run run, Index b) {
+    switch (gradient_kind(job)) {
+    case PLAIN: NAME(gradients_of_kind)(job, run, b, PLAIN); break;
+    case RELU: NAME(gradients_of_kind)(job, run, b, RELU); break;
+    case SIGNED: NAME(gradients_of_kind)(job, run, b, SIGNED); break;
+    default: NAME(gradients_of_kind)(job, run, b, ANY);
+    }
 }
 
 /* --- columns ------------------------------------------------------------------------------------------------------ */
@@ -194,7 +267,7 @@ static void NAME(sum_moments)(const Job *job, Index at, Index stride, Index rows
 point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
                              Index word, Index words, double *s1, double *s2, const int kind) {
     const W zero = NAME(splat_wide)(0), one = NAME(ones)();
-    const REAL slope = kind == PLAIN ? 1 : job->slope;
+    const REAL slope = slope_of(job, kind);
     for (Index b = 0; b < bundles_of(rows, COLUMN_STREAMS / 2); b++) {
         const Bundle rs = bundle_at(b, rows, COLUMN_STREAMS / 2);
         for (Index j = 0; j < width; j += LANES) {
@@ -211,10 +284,11 @@ point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows,
             else {
                 const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
                 const V low = NAME(load)(coef + LOW * pitch + k);
-                const uint16_t *sign = kind == SIGNED ? job->signs + word + rs.first * words + j / LANES : 0;
-                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += kind == SIGNED ? rs.apart * words : 0) {
-                    const M open = kind == SIGNED ? NAME(mask_of)(*sign)
-                                                  : NAME(positive)(NAME(fma)(NAME(load)(x) - high, scale, low));
+                const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word + rs.first * words : 0;
+                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
+                    if (kind == SIGNED && !sign) __builtin_unreachable();
+                    const M open = sign ? NAME(mask_at)(sign, k)
+                                        : NAME(positive)(NAME(fma)(NAME(load)(x) - high, scale, low));
                     W g = NAME(widen)(NAME(activated)(NAME(load)(dy), open, slope));
                     sum_dy = NAME(added)(sum_dy, g, one);
                     dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
@@ -232,11 +306,16 @@ point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows,
 static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef,
                                 Index pitch, Index word, Index words, double *s1, double *s2) {
 #define SUMS(kind) NAME(column_sums)(job, at, stride, rows, width, coef, pitch, word, words, s1, s2, kind)
-    if (job->slope == 1) SUMS(PLAIN);
-    else if (job->signs) SUMS(SIGNED);
-    else SUMS(ACTIVATED);
+    switch (gradient_kind(job)) {
+    case PLAIN: SUMS(PLAIN); break;
+    case RELU: SUMS(RELU); break;
+    case SIGNED: SUMS(SIGNED); break;
+    default: SUMS(ANY);
+    }
 #undef SUMS
 }
+
+/* --- output ------------------------------------------------------------------------------------------------------- */
 
 /* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
    the twin. */
@@ -245,207 +324,127 @@ point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
     else NAME(store)(x, value);
 }
 
-/* Output of a row. `kind` is known when this is compiled, and spares loops what they need not ask for. */
-point void NAME(apply_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
-                               Index word, Index ahead, Index beyond, const int kind) {
+/* Coefficients of a vector: of column j, or of a channel in every lane. What is not used is not loaded. */
+point Coefs NAME(coefs_at)(const REAL *coef, Index pitch, Index j, const int columns) {
+#define ROW(r) (columns ? NAME(load)(coef + r * pitch + j) : NAME(splat)(coef[r * pitch + j]))
+    return (Coefs){ROW(HIGH), ROW(LOW), ROW(SCALE), ROW(MEAN), ROW(A), ROW(B)};
+#undef ROW
+}
+
+/* Those of `first` in the foremost k lanes, and of `second` in the others. */
+point Coefs NAME(joined)(Coefs first, Coefs second, Index k) {
+    const M mask = NAME(foremost)(k);
+#define BOTH(row) NAME(where)(mask, first.row, second.row)
+    return (Coefs){BOTH(high), BOTH(low), BOTH(scale), BOTH(mean), BOTH(a), BOTH(b)};
+#undef BOTH
+}
+
+/* A vector of y, dx or dresidual, from x and the residual or dy. */
+point V NAME(value_of)(V x, V other, Coefs k, REAL slope, uint16_t *sign, int training, const int what) {
+    if (what == OUTPUT) return NAME(output)(x, other, k.high, k.scale, k.low, slope, sign);
+    const V dy = NAME(gated)(other, x, k.high, k.scale, k.low, slope, sign);
+    return what == GRADIENT ? NAME(gradient)(dy, x, training, k.scale, k.mean, k.a, k.b) : dy;
+}
+
+/* A row of y, dx or dresidual: of columns, or of neighbouring channels of `length` values each. A vector that two of them
+   share takes its coefficients from both. `what`, `kind` and whether there are columns is known when this is compiled. */
+point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index length, Index word,
+                           Index ahead, Index beyond, const int what, const int kind, const int columns) {
+    const int any = kind == ANY, added = what == OUTPUT && (any || kind >= ADDED), signs = any || kind == SIGNED;
     const REAL *x = (const REAL *)job->x + at;
-    const REAL *residual = kind >= ADDED && job->residual ? (const REAL *)job->residual + at : 0;
-    REAL *y = (REAL *)job->y + at;
-    uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word : 0;
-    const REAL slope = kind == PLAIN || kind == ADDED ? 1 : job->slope;
-    if (((kind == ADDED || kind == SIGNED) && !residual) || (kind == SIGNED && !sign)) __builtin_unreachable();
-    const Index end = width - LANES, head = job->streaming ? to_line(y, sizeof(REAL)) : 0;
+    const REAL *other = what != OUTPUT ? (const REAL *)job->dy + at
+                        : added && job->residual ? (const REAL *)job->residual + at : 0;
+    REAL *out = (REAL *)(what == OUTPUT ? job->y : what == GRADIENT ? job->dx : job->dresidual) + at;
+    uint16_t *sign = signs && job->signs ? job->signs + word : 0;
+    const REAL slope = slope_of(job, kind);
+    const int training = any ? job->training : 1;
+    if (!any && ((added && !other) || (signs && !sign))) __builtin_unreachable();
+    const Index end = width - LANES, head = job->streaming ? to_line(out, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
-    const V none = {0}, last = NAME(load)(x + end), last_added = residual ? NAME(load)(residual + end) : none;
-    const REAL *high = coef + HIGH * pitch, *scale = coef + SCALE * pitch, *low = coef + LOW * pitch;
-    Index i = streaming ? head : 0;
-#define OUTPUT(value, added, j, sign) \
-    NAME(output)(value, added, NAME(load)(high + (j)), NAME(load)(scale + (j)), NAME(load)(low + (j)), slope, sign)
-    for (Index j = 0; j < i; j += LANES) {
-        V z = OUTPUT(NAME(load)(x + j), residual ? NAME(load)(residual + j) : none, j * step, 0);
-        NAME(store_where)(y + j, NAME(foremost)(i - j), z);
-    }
-    for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
-        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
-            if (ahead) prefetch(x + i + ahead);
-            if (residual && beyond) prefetch(residual + i + beyond);
-            V z = OUTPUT(NAME(load)(x + i), residual ? NAME(load)(residual + i) : none, i * step, sign);
-            NAME(put)(y + i, z, past);
-            if (sign) sign++;
-        }
-    if (i < width) NAME(finish_row)(y + end, OUTPUT(last, last_added, end * step, sign), width - i, streaming);
-#undef OUTPUT
-}
-
-/* dx of the vector at a column. */
-point V NAME(gradient_column)(V dy, V x, const REAL *coef, Index pitch, REAL slope, const uint16_t *sign, int training) {
-    V high = NAME(load)(coef + HIGH * pitch), scale = NAME(load)(coef + SCALE * pitch);
-    V low = NAME(load)(coef + LOW * pitch), mean = NAME(load)(coef + MEAN * pitch);
-    V a = NAME(load)(coef + A * pitch), b = NAME(load)(coef + B * pitch);
-    V g = NAME(gated)(dy, x, high, scale, low, slope, sign);
-    return NAME(gradient)(g, x, training, scale, mean, a, b);
-}
-
-/* dx of a row. */
-point void NAME(gradient_columns)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index step,
-                                  Index word, Index ahead, const int kind) {
-    const REAL *x = (const REAL *)job->x + at, *dy = (const REAL *)job->dy + at;
-    REAL *dx = (REAL *)job->dx + at;
-    const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word : 0;
-    const REAL slope = kind == PLAIN ? 1 : job->slope;
-    const int training = kind == ANY ? job->training : 1;
-    if (kind == SIGNED && !sign) __builtin_unreachable();
-    const Index end = width - LANES, head = job->streaming ? to_line(dx, sizeof(REAL)) : 0;
-    const int streaming = job->streaming && !(sign && head);
-    const V last = NAME(load)(x + end), last_dy = NAME(load)(dy + end);
-    Index i = streaming ? head : 0;
-#define GRADIENT(g, value, j, sign) NAME(gradient_column)(g, value, coef + (j), pitch, slope, sign, training)
+    const V none = -(V){0}, last = NAME(load)(x + end); /* x + -0 is x */
+    const V last_other = other ? NAME(load)(other + end) : none;
+    Coefs k = NAME(coefs_at)(coef, pitch, 0, columns);
+    Index i = streaming ? head : 0, edge = columns || what == RESIDUAL ? width : length; /* of what has the coefficients k */
+#define VALUE(i, coefs, sign) \
+    NAME(value_of)(NAME(load)(x + i), other ? NAME(load)(other + i) : none, coefs, slope, sign, training, what)
     for (Index j = 0; j < i; j += LANES)
-        NAME(store_where)(dx + j, NAME(foremost)(i - j), GRADIENT(NAME(load)(dy + j), NAME(load)(x + j), j * step, 0));
+        NAME(store_where)(out + j, NAME(foremost)(i - j), VALUE(j, columns ? NAME(coefs_at)(coef, pitch, j, 1) : k, 0));
     for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
-        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
-            if (ahead) {
-                prefetch(x + i + ahead);
-                prefetch(dy + i + ahead);
+        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop;) {
+            for (const Index within = min(stop, edge - LANES + 1); i < within; i += LANES) {
+                if (ahead) prefetch(x + i + ahead);
+                if (other && beyond) prefetch(other + i + beyond);
+                NAME(put)(out + i, VALUE(i, columns ? NAME(coefs_at)(coef, pitch, i, 1) : k, sign), past);
+                if (sign) sign++;
             }
-            NAME(put)(dx + i, GRADIENT(NAME(load)(dy + i), NAME(load)(x + i), i * step, sign), past);
-            if (sign) sign++;
+            if (columns || i >= stop) continue;
+            const Coefs next = NAME(coefs_at)(++coef, pitch, 0, 0);
+            if (i < edge) {
+                NAME(put)(out + i, VALUE(i, NAME(joined)(k, next, edge - i), sign), past);
+                if (sign) sign++;
+                i += LANES;
+            }
+            k = next, edge += length;
         }
-    if (i < width) NAME(finish_row)(dx + end, GRADIENT(last_dy, last, end * step, sign), width - i, streaming);
-#undef GRADIENT
+    if (i < width) { /* the last vector overlaps the one before it, but not its signs */
+        const Index again = i - end;
+        uint16_t bits = sign && what != OUTPUT ? (sign[-1] | (uint32_t)*sign << LANES) >> (LANES - again) : 0;
+        if (columns) k = NAME(coefs_at)(coef, pitch, end, 1);
+        const V z = NAME(value_of)(last, last_other, k, slope, sign ? &bits : 0, training, what);
+        NAME(finish_row)(out + end, z, width - i, streaming);
+        if (sign && what == OUTPUT) *sign = bits >> again;
+    }
+#undef VALUE
 }
 
-/* dresidual of a row: the gated dy, whose signs are there if it has an activation. */
-point void NAME(residual_columns)(const Job *job, Index at, Index width, Index word, const int kind) {
-    const REAL *dy = (const REAL *)job->dy + at;
-    REAL *dresidual = (REAL *)job->dresidual + at;
-    const uint16_t *sign = kind == SIGNED ? job->signs + word : 0;
-    const Index end = width - LANES, head = job->streaming ? to_line(dresidual, sizeof(REAL)) : 0;
-    const REAL slope = job->slope;
-    const int streaming = job->streaming && !(sign && head);
-    const V last = NAME(load)(dy + end);
-    Index i = streaming ? head : 0;
-#define GATED(g) (kind == SIGNED ? NAME(activated)(g, NAME(mask_of)(*sign), slope) : (g))
-    for (Index j = 0; j < i; j += LANES)
-        NAME(store_where)(dresidual + j, NAME(foremost)(i - j), NAME(load)(dy + j));
-    for (int past = streaming; past >= 0; past--)
-        for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop; i += LANES) {
-            NAME(put)(dresidual + i, GATED(NAME(load)(dy + i)), past);
-            if (kind == SIGNED) sign++;
-        }
-    if (i < width) NAME(finish_row)(dresidual + end, GATED(last), width - i, streaming);
-#undef GATED
-}
-
-/* Output, or dx and dresidual, of rows of columns, each `stride` behind the one before it, or ahead of it if that is
-   negative; what lies `ahead` is prefetched. */
-static void NAME(apply_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
-                             Index step, Index word, Index words, Index ahead, int backward) {
-    const int added = job->residual != 0, activated = job->slope != 1, signs = job->signs != 0;
-    const int kind = job->training ? kind_of(backward ? signs : added, activated, signs) : ANY;
+/* Output, or dx and dresidual, of rows of columns, or of channels of `length` values, each `stride` behind the one before
+   it, or ahead of it if that is negative; what lies `ahead` is prefetched. */
+point void NAME(write_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
+                            Index length, Index word, Index words, Index ahead, int backward, const int columns) {
+    const int kind = kind_to_write(job, backward);
     const Index beyond = ahead || !job->ahead ? ahead : stride; /* after a reduction only the residual is out of the cache */
     const REAL *out = (const REAL *)(backward ? job->dx : job->y);
+#define WRITE(beyond, what, kind) \
+    NAME(write_row)(job, at, width, coef, pitch, length, word, ahead, beyond, what, kind, columns)
     for (Index r = 0; r < rows; r++, at += stride, word += words) {
         if (job->streaming) { /* a store that waits for its line holds up all behind it */
             prefetch_part(out + at + width);
             if (r + 1 < rows) prefetch_part(out + at + stride);
         }
-        if (backward && job->dresidual) { /* first: dx may lie over dy */
-            if (signs) NAME(residual_columns)(job, at, width, word, SIGNED);
-            else NAME(residual_columns)(job, at, width, word, PLAIN);
-        }
+        if (backward && job->dresidual) /* first: dx may lie over dy */
+            switch (kind) {
+            case PLAIN: WRITE(0, RESIDUAL, PLAIN); break;
+            case SIGNED: WRITE(0, RESIDUAL, SIGNED); break;
+            default: WRITE(0, RESIDUAL, ANY);
+            }
         if (backward)
-            if (kind == PLAIN) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, PLAIN);
-            else if (kind == ACTIVATED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ACTIVATED);
-            else if (kind == SIGNED) NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, SIGNED);
-            else NAME(gradient_columns)(job, at, width, coef, pitch, step, word, ahead, ANY);
-        else if (kind == PLAIN) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, 0, PLAIN);
-        else if (kind == ACTIVATED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, 0, ACTIVATED);
-        else if (kind == ADDED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, ADDED);
-        else if (kind == SIGNED) NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, SIGNED);
-        else NAME(apply_columns)(job, at, width, coef, pitch, step, word, ahead, beyond, ANY);
+            switch (kind) {
+            case PLAIN: WRITE(ahead, GRADIENT, PLAIN); break;
+            case RELU: WRITE(ahead, GRADIENT, RELU); break;
+            case ACTIVATED: WRITE(ahead, GRADIENT, ACTIVATED); break;
+            case SIGNED: WRITE(ahead, GRADIENT, SIGNED); break;
+            default: WRITE(ahead, GRADIENT, ANY);
+            }
+        else
+            switch (kind) {
+            case PLAIN: WRITE(0, OUTPUT, PLAIN); break;
+            case RELU: WRITE(0, OUTPUT, RELU); break;
+            case ACTIVATED: WRITE(0, OUTPUT, ACTIVATED); break;
+            case ADDED: WRITE(beyond, OUTPUT, ADDED); break;
+            case SIGNED: WRITE(beyond, OUTPUT, SIGNED); break;
+            default: WRITE(beyond, OUTPUT, ANY);
+            }
     }
+#undef WRITE
 }
 
-/* Output, or dx and dresidual, of a block of a run of channels, whose coefficients are the same in every column: after
-   their reduction from the last row to the first. */
-static void NAME(apply_block)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Index words = words_of(job->s, LANES), channels = job->channels, on = fused ? -channels : channels;
-    const Index first = k.first + (fused ? k.rows - 1 : 0), ahead = fused ? 0 : job->ahead;
-    REAL coef[6 * LANES];
-    for (Index c = run.c0; c < run.c1; c++) {
-        const Index row = first * channels + c;
-        for (Index r = 0; r <= (backward ? B : SCALE); r++)
-            NAME(store)(coef + r * LANES, NAME(splat)(((const REAL *)job->coef)[r * channels + c]));
-        NAME(apply_rows)(job, row * job->s + k.column, on * job->s, k.rows, k.length, coef, LANES, 0,
-                         row * words + k.column / LANES, on * words, ahead, backward);
-    }
-}
-
-/* --- slabs -------------------------------------------------------------------------------------------------------- */
-
-/* row[0 : length] = value, of at least a vector */
-point void NAME(repeat)(REAL value, Index length, REAL *row) {
-    const V all = NAME(splat)(value);
-    for (Index i = 0; i < length - LANES; i += LANES) NAME(store)(row + i, all);
-    NAME(store)(row + length - LANES, all);
-}
-
-/* Sum of sums[0 : length], at least a vector of them. */
-point double NAME(total_of)(const double *sums, Index length) {
-    const Index rest = length % LANES;
-    W both = NAME(splat_wide)(0);
-    for (Index i = 0; i + LANES <= length; i += LANES) both = NAME(plus)(both, NAME(load_wide)(sums + i));
-    double sum = NAME(total)(both);
-    for (Index i = length - rest; i < length; i++) sum += sums[i];
-    return sum;
-}
-
-/* Mean and m2 of block b of a run of channels, into `part`. */
-static void NAME(slab_moments)(const Job *job, Run run, Index b) {
-    const Block k = block_to_reduce(job, b);
-    const Slab slab = slab_of(job, run, k.first, LANES);
-    const Index s = job->s, width = slab.width;
-    double *part = job->part + 2 * b * job->channels + run.c0;
-    REAL shifts[WIDEST];
-    double s1[WIDEST], s2[WIDEST];
-    Index j = 0;
-    do NAME(repeat)(NAME(shift_of)((const REAL *)job->x + slab.at + j), s, shifts + j);
-    while ((j += s) < width);
-    NAME(sum_moments)(job, slab.at, slab.stride, k.rows, width, shifts, s1, s2);
-    for (j = 0; j < width; j += s, part++)
-        moments_of(shifts[j], k.rows * s, NAME(total_of)(s1 + j, s), NAME(total_of)(s2 + j, s), part, part + job->channels);
-}
-
-/* Rows `first` to `end` of the coefficients of a run of channels, for every column. */
-point void NAME(slab_coef)(const Job *job, Run run, REAL *coef, Index first, Index end) {
-    for (Index r = first; r < end; r++)
-        for (Index c = run.c0; c < run.c1; c++)
-            NAME(repeat)(((const REAL *)job->coef)[r * job->channels + c], job->s, coef + r * SLAB + (c - run.c0) * job->s);
-}
-
-/* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
-static void NAME(slab_gradients)(const Job *job, Run run, Index b) {
-    const Block k = block_to_reduce(job, b);
-    const Slab slab = slab_of(job, run, k.first, LANES);
-    const Index s = job->s, width = slab.width;
-    double *part = job->part + 2 * b * job->channels + run.c0;
-    REAL coef[SLAB_COEF];
-    double s1[WIDEST], s2[WIDEST];
-    NAME(slab_coef)(job, run, coef, signs_again(job) ? HIGH : MEAN, MEAN + 1);
-    NAME(sum_gradients)(job, slab.at, slab.stride, k.rows, width, coef, SLAB, slab.word, slab.words, s1, s2);
-    for (Index j = 0; j < width; j += s, part++)
-        part[0] = NAME(total_of)(s1 + j, s), part[job->channels] = NAME(total_of)(s2 + j, s);
-}
-
-/* Output, or dx and dresidual, of a run of channels in the samples of a block: after their reduction the last first. */
-static void NAME(apply_slab)(const Job *job, Run run, Block k, int backward, int fused) {
-    const Slab slab = slab_of(job, run, k.first + (fused ? k.rows - 1 : 0), LANES);
-    const Index on = fused ? -1 : 1, ahead = fused ? 0 : job->ahead;
-    REAL coef[SLAB_COEF];
-    NAME(slab_coef)(job, run, coef, backward && !signs_again(job) ? SCALE : HIGH, backward ? B + 1 : SCALE + 1);
-    NAME(apply_rows)(job, slab.at, on * slab.stride, k.rows, slab.width, coef, SLAB, 1, slab.word, on * slab.words, ahead,
-                     backward);
+/* Output, or dx and dresidual, of a block of a run of channels: after their reduction from the last row to the first. */
+static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
+    const Slab slab = slab_of(job, run.c0, k.first + (fused ? k.rows - 1 : 0), LANES);
+    const Index on = fused ? -1 : 1, width = (run.c1 - run.c0) * k.length;
+    NAME(write_rows)(job, slab.at + k.column, on * slab.stride, k.rows, width, (const REAL *)job->coef + run.c0,
+                     job->channels, k.length, slab.word + k.column / LANES, on * slab.words, fused ? 0 : job->ahead,
+                     backward, 0);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -489,8 +488,8 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
     const Index columns = job->columns, first = t * group_of(columns), rows = min(group_of(columns), job->rows - first);
     const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
-    NAME(apply_rows)(job, first * columns, columns, rows, columns, coef, columns, 1, first * words, words, job->ahead,
-                     backward);
+    NAME(write_rows)(job, first * columns, columns, rows, columns, coef, columns, 0, first * words, words, job->ahead,
+                     backward, 1);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
@@ -524,17 +523,7 @@ static void NAME(finish_channel)(const Job *job, Index c, int backward, int appl
 
 /* Mean and m2, or sums of gradients, of block b of a run of channels, into `part` (blocks, 2, channels). */
 static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
-    if (job->s < SHORT) (backward ? NAME(slab_gradients) : NAME(slab_moments))(job, run, b);
-    else
-        for (Index c = run.c0; c < run.c1; c++) {
-            double *part = job->part + 2 * b * job->channels + c;
-            (backward ? NAME(block_gradients) : NAME(block_moments))(job, c, b, part, part + job->channels);
-        }
-}
-
-/* Output, or dx and dresidual, of a block of a run of channels. */
-static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
-    (job->s < SHORT ? NAME(apply_slab) : NAME(apply_block))(job, run, k, backward, fused);
+    (backward ? NAME(block_gradients) : NAME(block_moments))(job, run, b);
 }
 
 /* Reduction and output of run t. */
@@ -545,7 +534,7 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
         NAME(finish_channel)(job, c, backward, 1);
         (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
     }
-    const Index height = job->s < SHORT ? BLOCK / job->s : 1;
+    const Index height = max(1, BLOCK / job->s);
     for (Index b = blocks_of(job->n, job->s, height, BLOCK) - 1; b >= 0; b--) /* the last first: it is in the cache */
         NAME(apply_run)(job, run, block_of(b, job->n, job->s, height, BLOCK), backward, 1);
 }
@@ -557,7 +546,7 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     case REDUCE: NAME(reduce_run)(job, run_of(job, t / job->blocks, job->run), t % job->blocks, backward); break;
     case APPLY: {
         const Index runs = runs_of(job, spread_of(job)); /* in the order of memory */
-        const Block block = block_of(t / runs, job->n, job->s, samples_of(job), BLOCK);
+        const Block block = block_of(t / runs, job->n, job->s, 1, BLOCK);
         NAME(apply_run)(job, run_of(job, t % runs, spread_of(job)), block, backward, 0);
         break;
     }
@@ -630,4 +619,5 @@ static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(las
 #undef W
 #undef D
 #undef WIDE
+#undef Coefs
 #undef LANES

@@ -3,7 +3,7 @@
    GCC's and Clang's vector extension is compiled for whatever the CPU has; only streaming stores and the sign mask need
    intrinsics, and have plain C where there are none. A V fills one register, and its values as float64 a W of one or two:
    GCC 12 keeps vectors wider than a register on the stack, also between the rounds of a loop (32x64x112x112, training
-   with AVX2: 5.4 copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus` and `fused`, V has `fma`.
+   with AVX2: 5.4 copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus`, `fused`.
 */
 
 #define LANES (VECTOR_BYTES / (Index)sizeof(REAL))
@@ -22,6 +22,9 @@ typedef struct { NAME(D) low; } NAME(W);
 #define M NAME(M)
 #define W NAME(W)
 #define D NAME(D)
+
+typedef struct { V high, low, scale, mean, a, b; } NAME(Coefs); /* of every lane: see `coef` */
+#define Coefs NAME(Coefs)
 
 point V NAME(load)(const REAL *x) { return *(const V *)x; }
 point void NAME(store)(REAL *x, V value) { *(V *)x = value; }

@@ -1,24 +1,20 @@
 """How a tensor (N, C, S) is cut into tasks: one policy for both compiled backends.
 
-A. Three ways through memory. *Rows*: S is long, a channel's values lie in N rows of S. *Slabs*: S is shorter, and
-   neighbouring channels are worked on together, as rows of some kilobytes; vectors run over the ends of channels.
-   *Columns*: S is very short (channels last is S = 1), so memory is seen as rows of `columns` values, a few pixels
-   wide, whose j-th value always belongs to channel ``j // S % C``.
-B. In the first two a task is a run of neighbouring channels, finished while it is in cache: statistics, then output. A
-   run is one long row, or a slab's width (32x1280x7x7, 2 threads, when slabs took the place of rows in runs of 2 KiB:
-   training 15.3 to 8.5, backward 24.7 to 13.3 ns for 16 values on a thread). Beyond the cache it is half that width,
-   for which the second-level cache has room (32x1024x14x14, backward: 2.6 to 2.4 copies); within it that would cost
-   (32x256x13x13: 2.8 to 3.0).
+A. Two ways through memory. *Rows*: a channel's values lie in N rows of S, and those of neighbouring channels side by
+   side. *Columns*: S is shorter than a vector (channels last is S = 1), so memory is seen as rows of `columns` values,
+   a few pixels wide, whose j-th value always belongs to channel ``j // S % C``.
+B. In the first a task is a run of neighbouring channels, finished while it is in cache: statistics, then output. A run
+   is one long row, or as many short ones as fill a slab of some kilobytes, which costs far less than rows of 2 KiB
+   (32x1280x7x7, 2 threads: training 15.3 to 8.5, backward 24.7 to 13.3 ns for 16 values on a thread).
 C. Where such tasks would leave threads idle (few channels) the work is *split*: statistics of all blocks, a merge in
    fixed order, then the output. Blocks depend on the shape alone and merge in the same order in both ways, so the
    results are bitwise the same for any number of threads.
 D. Output that will not be found in cache again is *streamed* past it, so that a line need not be read before it is
    written, where that pays: always on AMD (Zen 5, 2 threads, inference of 32x64x112x112: 1.0 copies against 1.5), with
    many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96).
-E. Where output is all there is to do, what comes next is *prefetched* meanwhile: in rows the next channel, in slabs the
-   next sample (Zen 3, 2 threads, inference of 32x512x28x28: 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112:
-   6.5 to 5.9). So it is where the work is split. Otherwise it is in the cache after a reduction, but for a residual,
-   and within the cache prefetching only costs.
+E. Where output is all there is to do, what comes next in memory is *prefetched* meanwhile (Zen 3, 2 threads, inference
+   of 32x512x28x28: 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112: 6.5 to 5.9). So it is where the work is
+   split. Otherwise it is in the cache after a reduction, but for a residual, and within the cache this only costs.
 """
 
 from __future__ import annotations
@@ -35,15 +31,14 @@ LANES = 16  # values in a vector: one AVX-512 register of float32
 BLOCK = 1 << 14  # values that a block of the row nest has about: its sums are plain, blocks merge by Chan's formula
 COLUMN_BLOCK = 1 << 18  # values of a block of rows in the column nest at most, and BLOCK of a channel
 SERIAL = 1 << 15  # values below which a second thread costs more than it saves
-SHORT = 512  # values: rows shorter than this one are worked on in slabs
-SLAB = 1600  # values that a slab is wide at most, and half of it beyond the cache
-STREAMS = 4  # long rows read at a time
+SLAB = 1600  # values that a slab is wide at most
+STREAMS = 4  # rows read at a time
 COEFFICIENTS = 6  # of every channel or column
 PIECE = BLOCK // STREAMS  # values of a piece of a row that is longer
 AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
-COLUMN_AHEAD = 2048  # values by which memory in one stream is prefetched
+ONWARD = 2048  # values by which memory in one stream is prefetched at least
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
-ROW = LANES  # values from which a row has a loop of its own
+ROW = LANES  # values from which rows are worked on as such
 COLUMNS = 256  # values that a folded row should have at least
 LONGEST_FOLD = 1024  # and at most: kernels keep one such row on the stack
 
@@ -88,16 +83,16 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, min(COLUMN_BLOCK, BLOCK * c) // columns)
-        ahead = COLUMN_AHEAD if beyond_cache else 0
+        ahead = ONWARD if beyond_cache else 0
         return Plan(n, c, s, threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
     blocks = _blocks(n, s)
-    widest = _widest(c, s, SLAB // 2 if beyond_cache and not signs else SLAB)
+    widest = _widest(c, s)
     run = widest if signs else -(-c // (-(-c // (threads * widest)) * threads))  # as wide, in a multiple of the threads
     tasks = -(-c // run)
     split = tasks / (-(-tasks // threads) * threads) < 0.8
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
-    ahead = (s if s >= SHORT else c * s) if beyond_cache else 0
+    ahead = max(s, ONWARD) if beyond_cache else 0
     return Plan(n, c, s, threads, split, streaming, run, 0, 0, 0, blocks, ahead)
 
 
@@ -108,20 +103,23 @@ def _folded_row(pixel: int) -> int:
 
 
 def _blocks(n: int, s: int) -> int:
-    """Number of blocks of a channel: of long rows they are whole bundles of streams, and pieces of a row."""
-    height = BLOCK // s if s < SHORT else max(1, -(-(BLOCK // s) // STREAMS)) * STREAMS
+    """Number of blocks of a channel: whole bundles of streams, and pieces of long rows."""
+    height = max(1, -(-(BLOCK // s) // STREAMS)) * STREAMS
     return -(-n // height) * max(1, s // PIECE)
 
 
-def _widest(c: int, s: int, slab: int = SLAB) -> int:
+def _widest(c: int, s: int) -> int:
     """Channels of the widest run: one long row, or a slab."""
-    return min(slab // s, c) if s < SHORT else 1
+    return max(1, min(SLAB // s, c))
 
 
 def sign_words(n: int, c: int, s: int, lanes: int = LANES) -> int:
-    """Number of uint16 words for one bit a value, a word for each vector: every row begins with a word of its own."""
+    """Number of uint16 words for one bit a value, a word for each vector: every row begins with a word of its own.
+
+    There is one more, for they are read in pairs.
+    """
     if s < ROW:
         columns = _folded_row(c * s)
-        return (n * c * s // columns + 1) * -(-columns // lanes)
+        return (n * c * s // columns + 1) * -(-columns // lanes) + 1
     run = _widest(c, s)
-    return n * -(-c // run) * -(-run * s // lanes)
+    return n * -(-c // run) * -(-run * s // lanes) + 1

@@ -3,7 +3,7 @@
 Design
 ------
 A. `_plan` says how a tensor is cut; this file computes. Its parts, in order: channel arithmetic (scalars), points (one
-   vector), the row nest, columns, slabs, the column nest, phases, kernels. `fastbn_ext` has the same parts under the
+   vector), the row nest, columns, output, the column nest, phases, kernels. `fastbn_ext` has the same parts under the
    same names.
 B. Inner loops are written with the vectors of `_vectors`; there is no fastmath, so every sum has one order and every
    result is bitwise reproducible. One subtraction and one fused multiply-add a value is all that a normalisation costs.
@@ -16,11 +16,11 @@ E. A row's last, partial vector overlaps the one before it, and is loaded before
 F. Streamed output goes in whole lines; what lies before the first and behind the last of a row is stored by lanes. A
    stage in L1, which would let rows share lines, was tried: 1.25 copies for inference where this costs 1.0, because
    reads and writes no longer overlap.
-G. Several rows are read at a time: one stream after the other leaves memory idle. Of long rows it is `STREAMS`, and
-   what is `AHEAD` of them in their channel is prefetched (32x256x56x56, Zen 3, statistics: 0.79 copies in one stream,
-   0.60 in four; sums of gradients: 1.56 and 1.17). Of rows of columns it is `COLUMN_STREAMS`, far apart, and
-   prefetching only costs (56x56x64 channels last, statistics: 0.7 copies in one stream, 0.53 in eight; sums of
-   gradients: 1.5 and 1.05).
+G. Several rows are read at a time: one stream after the other leaves memory idle. Of channels it is `STREAMS`, whose
+   sums stay in registers, and what is `AHEAD` of them is prefetched (32x256x56x56, Zen 3, statistics: 0.79 copies in
+   one stream, 0.60 in four; sums of gradients: 1.56 and 1.17; in cache too: 8x64x56x56, training: 5.5 to 4.6 ns). Of
+   rows of columns it is `COLUMN_STREAMS`, far apart, and prefetching only costs (56x56x64 channels last, statistics:
+   0.7 copies in one stream, 0.53 in eight; sums of gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
 I. A run's output goes backwards, row by row, after its reduction: what was read last is still in the nearest cache.
@@ -28,6 +28,9 @@ I. A run's output goes backwards, row by row, after its reduction: what was read
    backwards 2.2 copies, forward 1.85; backward pass: 3.7 and 3.3).
 J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
    units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
+K. Coefficients stay in registers: rows of neighbouring channels are written as one, and a vector that two of them
+   share takes lanes from both. They were loaded for every column (inference in cache: 32x256x13x13 4.5 to 2.2 ns for 16
+   values on a thread, 8x64x56x56 3.2 to 2.1), and sums kept for every column of short rows (training 8.2 to 5.5 ns).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._compiler import apart, loop, parts_of, point
 from fastbn.backends._job import ARGUMENTS, Job, copy_of, make_job
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, SHORT, SLAB, STREAMS, Plan
+from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, ROW, SLAB, STREAMS, Plan
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -102,8 +105,11 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 
 # Rows of `coef`: per-channel coefficients in x's dtype.
 HIGH, LOW, SCALE, MEAN, A, B = range(6)
-# Kinds of output: of x alone, behind an activation, with all that there is.
-PLAIN, ACTIVATED, ANY = map(np.intp, range(3))
+# What is written: y, dx or dresidual. Its kinds: of x and dy alone, with a ReLU, or with all that there is.
+OUTPUT, GRADIENT, RESIDUAL = map(np.intp, range(3))
+PLAIN, RELU, ANY = map(np.intp, range(3))
+# Whether memory is seen as rows of channels or of columns.
+CHANNELS, COLUMNS = map(np.intp, range(2))
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = map(np.intp, range(5))
 ZERO = np.intp(0)  # as an argument: functions are compiled once more for a literal one
@@ -111,10 +117,9 @@ ZERO = np.intp(0)  # as an argument: functions are compiled once more for a lite
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
 COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
-SAMPLES = 16  # of a task of output alone, in slabs
-SLAB_COEF = 6 * SLAB
-ROW_COEF = 6 * LANES
-WIDEST = max(SLAB, 2 * CHUNK) + LANES  # room for the sums of a slab or a chunk
+WIDEST = 2 * CHUNK + LANES  # room for the sums of a chunk
+MOST_CHANNELS = SLAB // ROW  # of a run
+SUMS = MOST_CHANNELS * LANES  # room for a vector of sums each
 
 # --- channel arithmetic -------------------------------------------------------------------------------------------
 
@@ -255,10 +260,16 @@ def output(x, added, high, scale, low, slope, signs, word):
 
 
 @point
-def gated(dy, x, high, scale, low, slope, signs, word):
+def mask_at(signs, word, bit):
+    """Signs of the vector whose first one is so many bits behind the first of a word."""
+    return mask_of(np.uint16((np.uint32(signs[word]) | np.uint32(signs[word + 1]) << LANES) >> bit))
+
+
+@point
+def gated(dy, x, high, scale, low, slope, signs, word, bit):
     """dy behind an activation, whose sign is read or, without a residual, computed again exactly as in `output`."""
     if present(signs):
-        dy = activated(dy, mask_of(signs[word]), slope)
+        dy = activated(dy, mask_at(signs, word, bit), slope)
     else:
         dy = activated(dy, positive(fma(x - high, scale, low)), slope)
     return dy
@@ -271,7 +282,8 @@ def gradient(dy, x, training, scale, mean, a, b):
 
 
 # --- row nest -----------------------------------------------------------------------------------------------------
-# A block is `rows` rows of `length` values of a channel, the first one at sample `first`, from `column` on.
+# A run is channels c0 to c1, whose rows lie side by side. A block is `rows` rows of `length` values of a channel, the
+# first one at sample `first`, from `column` on.
 
 
 @point
@@ -296,10 +308,33 @@ def block_of(b, n, s, height, piece):
 
 @point
 def block_to_reduce(job, b):
-    """(first, rows, column, length) of block b of a reduction: of long rows whole bundles of streams."""
-    s = job.s
-    height = BLOCK // s if s < SHORT else max(1, (BLOCK // s + STREAMS - 1) // STREAMS) * STREAMS
-    return block_of(b, job.n, s, height, PIECE)
+    """(first, rows, column, length) of block b of a reduction: whole bundles of streams."""
+    height = max(1, (BLOCK // job.s + STREAMS - 1) // STREAMS) * STREAMS
+    return block_of(b, job.n, job.s, height, PIECE)
+
+
+@point
+def runs_of(job, run):
+    """Number of runs of so many neighbouring channels."""
+    return (job.channels + run - 1) // run
+
+
+@point
+def run_of(job, t, run):
+    """Channels c0 to c1 of run t."""
+    return t * run, min(t * run + run, job.channels)
+
+
+@point
+def slab_of(job, c0, first):
+    """(at, stride, word, words) of the rows of a run from sample `first` on.
+
+    They begin at `at`, `stride` apart; their signs begin at `word`, `words` apart. With signs, all runs but the last
+    are of one width.
+    """
+    stride, slab = job.channels * job.s, (job.run * job.s + LANES - 1) // LANES
+    words = runs_of(job, job.run) * slab
+    return first * stride + c0 * job.s, stride, first * words + c0 // job.run * slab, words
 
 
 @point
@@ -309,40 +344,47 @@ def shift_of(x, i):
 
 
 @point
-def ahead_in(job, row, column, length):
-    """(turn, after): how far away value i of a row has what is AHEAD of it in its channel.
+def gathered(x, at, stride, streams, rest):
+    """V of one value of each of so many rows, and `rest` in the lanes left."""
+    row = scratch(x, LANES)
+    store(row, 0, splat(rest))
+    for r in range(streams):
+        row[r] = x[at + r * stride]
+    return load(row, 0)
 
-    It is AHEAD where ``i < turn``, and `after` elsewhere; rows are read STREAMS at a time, from `row` on.
+
+@point
+def gathered_mask(signs, word, words, streams, bit):
+    """M of one sign of each of so many rows."""
+    gathered_bits = 0
+    for r in range(streams):
+        gathered_bits |= (signs[word + r * words] >> bit & 1) << r
+    return mask_of(np.uint16(gathered_bits))
+
+
+@point
+def ahead_in(job, c0, c1, c, row, column, length):
+    """(turn, after): how far away value i of a row of channel c has what is AHEAD of it.
+
+    It is AHEAD where ``i < turn``, and `after` elsewhere; rows are read STREAMS at a time, from `row` on. Behind the
+    last channel of a run it is in the next rows.
     """
-    if column + length < job.s:
+    if c < c1 - 1 or column + length < job.s:
         return length, AHEAD
-    after = STREAMS * job.channels * job.s - job.s + AHEAD
+    after = (STREAMS * job.channels - c1 + c0) * job.s + AHEAD
     return length - AHEAD, (after if row + STREAMS < job.n else 0)
 
 
 @point
-def over_rows(add, job, c, first, rows, column, length, coef, sum1, sum2):
-    """Two sums over rows of a channel, to which `add` adds STREAMS rows at a time, and what is left one by one.
+def row_moments(job, at, streams, length, far, shift, s1, s2):
+    """Add so many rows of a channel at a time to the sums of x - shift and of its square.
 
-    Their number is known when `add` is compiled: where it was not, sums went through the stack (of gradients in cache:
+    Their number is known when this is compiled: where it was not, sums went through the stack (of gradients in cache:
     10.2 ns for 16 values, 5.3 so).
     """
-    row, end, four, single = first, first + rows, np.intp(STREAMS), np.intp(1)
-    while row + STREAMS <= end:
-        sum1, sum2 = add(job, c, row, four, column, length, coef, sum1, sum2)
-        row += STREAMS
-    while row < end:
-        sum1, sum2 = add(job, c, row, single, column, length, coef, sum1, sum2)
-        row += 1
-    return sum1, sum2
-
-
-@point
-def row_moments(job, c, row, streams, column, length, around, s1, s2):
-    """Add so many rows at a time, from `row` on, to the sums of x - around and of its square."""
-    x, stride, zero, one = job.x, job.channels * job.s, splat(0.0), ones()
-    begin, whole = row * stride + c * job.s + column, length - length % LANES
-    turn, after = ahead_in(job, row, column, length)
+    x, stride, around, zero, one = job.x, job.channels * job.s, splat(shift), splat(0.0), ones()
+    begin, whole = at, length - length % LANES
+    turn, after = far
     i = 0
     for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
         while i < stop:
@@ -354,7 +396,11 @@ def row_moments(job, c, row, streams, column, length, around, s1, s2):
                 s2 = fma(d, d, s2)
                 at += stride
             i += LANES
-    if i < length:
+    if i == length - 1:  # as odd squares leave it (32x1280x7x7: 4.5 ns for 16 values with a vector a row, 3.5 so)
+        d = widen(gathered(x, begin + i, stride, streams, rounded(x, shift))) - around
+        s1 = fma(d, one, s1)
+        s2 = fma(d, d, s2)
+    elif i < length:
         tail, at = last(length - i), begin + length - LANES
         for _ in range(streams):
             d = where(tail, widen(load(x, at)) - around, zero)
@@ -365,26 +411,49 @@ def row_moments(job, c, row, streams, column, length, around, s1, s2):
 
 
 @loop
-def block_moments(job, c, b):
-    """Mean and m2 of block b of channel c (design, C)."""
+def block_moments(job, c0, c1, b):
+    """Mean and m2 of block b of a run of channels, into `part` (design, C and G)."""
     noinline()
     first, rows, column, length = block_to_reduce(job, b)
-    shift = shift_of(job.x, (first * job.channels + c) * job.s + column)
-    around, s1, s2 = splat(shift), splat(0.0), splat(0.0)
-    s1, s2 = over_rows(row_moments, job, c, first, rows, column, length, around, s1, s2)
-    return moments_of(shift, rows * length, total(s1), total(s2))
+    start, stride, _, _ = slab_of(job, c0, first)
+    s, part = job.s, ahead_of(job.part, 2 * b * job.channels)
+    shifts = scratch(job.coef, MOST_CHANNELS)
+    s1, s2 = scratch(part, SUMS), scratch(part, SUMS)
+    four, single, row = np.intp(STREAMS), np.intp(1), 0
+    for q in range(c1 - c0):
+        shifts[q] = rounded(shifts, shift_of(job.x, start + q * s + column))
+        store(s1, q * LANES, splat(0.0))
+        store(s2, q * LANES, splat(0.0))
+    while row < rows:
+        bundle = row + STREAMS <= rows
+        for q in range(c1 - c0):
+            at, shift = start + row * stride + q * s + column, np.float64(shifts[q])
+            far = ahead_in(job, c0, c1, c0 + q, first + row, column, length)
+            sum1, sum2 = load(s1, q * LANES), load(s2, q * LANES)
+            if bundle:
+                sum1, sum2 = row_moments(job, at, four, length, far, shift, sum1, sum2)
+            else:
+                sum1, sum2 = row_moments(job, at, single, length, far, shift, sum1, sum2)
+            store(s1, q * LANES, sum1)
+            store(s2, q * LANES, sum2)
+        row += STREAMS if bundle else 1
+    for q in range(c1 - c0):
+        sums = total(load(s1, q * LANES)), total(load(s2, q * LANES))
+        moments = moments_of(np.float64(shifts[q]), rows * length, sums[0], sums[1])
+        part[c0 + q], part[c0 + q + job.channels] = moments
 
 
 @point
-def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
-    """Add so many rows at a time, from `row` on, to the sums of gated dy and of dy * (x - MEAN)."""
+def row_gradients(job, at, word, bit, words, streams, length, far, coef, sum_dy, dot):
+    """Add so many rows of a channel at a time to the sums of gated dy and of dy * (x - MEAN).
+
+    Signs begin so many bits behind a word, and those of the next row `words` behind it.
+    """
     x, dy, slope, signs, one = job.x, job.dy, job.slope, job.signs, ones()
-    high, scale, low, around = coef
-    again = alias(x)  # values become float64 as they are loaded (design, J)
-    stride, words = job.channels * job.s, (job.s + LANES - 1) // LANES
-    begin, word = row * stride + c * job.s + column, (row * job.channels + c) * words + column // LANES
-    on, whole = job.channels * words, length - length % LANES
-    turn, after = ahead_in(job, row, column, length)
+    high, scale, low, mean = splat(coef[0]), splat(coef[1]), splat(coef[2]), np.float64(coef[3])
+    again, around = alias(x), splat(mean)  # values become float64 as they are loaded (design, J)
+    stride, begin, whole = job.channels * job.s, at, length - length % LANES
+    turn, after = far
     i = 0
     for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
         if slope == 1.0:
@@ -404,44 +473,75 @@ def row_gradients(job, c, row, streams, column, length, coef, sum_dy, dot):
                 for _ in range(streams):
                     prefetch(x, at + ahead)
                     prefetch(dy, at + ahead)
-                    g = widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, sign))
+                    g = widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, sign, bit))
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(again, at)) - around, dot)
                     at += stride
-                    sign += on
+                    sign += words
                 i += LANES
-    if i < length:
-        tail, at, sign = last(length - i), begin + length - LANES, word + i // LANES
+    if i == length - 1:
+        nothing, bit = rounded(x, 0.0), bit + i
+        value, g = gathered(x, begin + i, stride, streams, nothing), gathered(dy, begin + i, stride, streams, nothing)
+        if slope != 1.0:
+            if present(signs):
+                opened = gathered_mask(signs, word + bit // LANES, words, streams, bit % LANES)
+            else:
+                opened = positive(fma(value - high, scale, low))
+            g = activated(g, opened, slope)
+        sum_dy = fma(widen(g), one, sum_dy)
+        dot = fma(widen(g), widen(value) - around, dot)
+    elif i < length:
+        end = length - LANES
+        tail, at, sign, bit = last(length - i), begin + end, word + (bit + end) // LANES, (bit + end) % LANES
         for _ in range(streams):
             value, g = load(x, at), load(dy, at)
             if slope != 1.0:
-                g = gated(g, value, high, scale, low, slope, signs, sign)
+                g = gated(g, value, high, scale, low, slope, signs, sign, bit)
             g = widen(where(tail, g, like(g, 0.0)))
             sum_dy = fma(g, one, sum_dy)
             dot = fma(g, widen(value) - around, dot)
             at += stride
-            sign += on
+            sign += words
     return sum_dy, dot
 
 
 @loop
-def block_gradients(job, c, b):
-    """Sums of gated dy and of dy * (x - MEAN) over block b of channel c."""
+def block_gradients(job, c0, c1, b):
+    """Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`."""
     noinline()
     first, rows, column, length = block_to_reduce(job, b)
-    channels, coef, sum_dy, dot = job.channels, job.coef, splat(0.0), splat(0.0)
-    coefs = (
-        splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c]), splat(coef[LOW * channels + c]),
-        widen(splat(coef[MEAN * channels + c])),
-    )  # fmt: skip
-    sum_dy, dot = over_rows(row_gradients, job, c, first, rows, column, length, coefs, sum_dy, dot)
-    return total(sum_dy), total(dot)
+    start, stride, word, words = slab_of(job, c0, first)
+    channels, s, coef, part = job.channels, job.s, job.coef, ahead_of(job.part, 2 * b * job.channels)
+    dys, dots = scratch(part, SUMS), scratch(part, SUMS)
+    four, single, row = np.intp(STREAMS), np.intp(1), 0
+    for q in range(c1 - c0):
+        store(dys, q * LANES, splat(0.0))
+        store(dots, q * LANES, splat(0.0))
+    while row < rows:
+        bundle = row + STREAMS <= rows
+        for q in range(c1 - c0):
+            c, at, sign = c0 + q, start + row * stride + q * s + column, q * s + column
+            coefs = (
+                coef[HIGH * channels + c], coef[SCALE * channels + c],
+                coef[LOW * channels + c], coef[MEAN * channels + c],
+            )  # fmt: skip
+            sign, bit = word + row * words + sign // LANES, sign % LANES
+            far = ahead_in(job, c0, c1, c, first + row, column, length)
+            dy, dot = load(dys, q * LANES), load(dots, q * LANES)
+            if bundle:
+                dy, dot = row_gradients(job, at, sign, bit, words, four, length, far, coefs, dy, dot)
+            else:
+                dy, dot = row_gradients(job, at, sign, bit, words, single, length, far, coefs, dy, dot)
+            store(dys, q * LANES, dy)
+            store(dots, q * LANES, dot)
+        row += STREAMS if bundle else 1
+    for q in range(c1 - c0):
+        part[c0 + q], part[c0 + q + channels] = total(load(dys, q * LANES)), total(load(dots, q * LANES))
 
 
 # --- columns ------------------------------------------------------------------------------------------------------
 # Rows of `width` columns, the first at `at` and each `stride` behind the one before it, with coefficients in rows of
-# `pitch` for every column. Rows of one channel have coefficients too, which are loaded again and again (`step` 0): no
-# slower than from registers, and one function less. Sums have room for whole vectors.
+# `pitch` for every column. Sums have room for whole vectors.
 
 
 @point
@@ -521,9 +621,9 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2
                     i += distance * stride
             else:
                 high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
-                low, sign = load(coef, LOW * pitch + k), word + first * words + j // LANES
+                low, sign, bit = load(coef, LOW * pitch + k), word + first * words + k // LANES, k % LANES
                 for _ in range(streams):
-                    value = widen(gated(load(dy, i), load(x, i), high, scale, low, slope, signs, sign))
+                    value = widen(gated(load(dy, i), load(x, i), high, scale, low, slope, signs, sign, bit))
                     sum_dy = fma(value, one, sum_dy)
                     dot = fma(value, widen(load(again, i)) - around, dot)
                     i += distance * stride
@@ -532,6 +632,9 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2
             store(s2, j, dot)
     settle(s1, width)
     settle(s2, width)
+
+
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 @point
@@ -548,113 +651,101 @@ def finish_row(y, at, rest, value, streaming):
 
 
 @point
-def output_column(x, added, coef, pitch, j, slope, signs, word):
-    """Output of the vector at column j."""
-    high, scale, low = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j), load(coef, LOW * pitch + j)
-    return output(x, added, high, scale, low, slope, signs, word)
+def coefs_at(coef, pitch, j, columns):
+    """(HIGH, LOW, SCALE, MEAN, A, B) of a vector: of column j, or of channel j in every lane; unused ones are free."""
+    if columns == COLUMNS:
+        return (
+            load(coef, HIGH * pitch + j), load(coef, LOW * pitch + j), load(coef, SCALE * pitch + j),
+            load(coef, MEAN * pitch + j), load(coef, A * pitch + j), load(coef, B * pitch + j),
+        )  # fmt: skip
+    return (
+        splat(coef[HIGH * pitch + j]), splat(coef[LOW * pitch + j]), splat(coef[SCALE * pitch + j]),
+        splat(coef[MEAN * pitch + j]), splat(coef[A * pitch + j]), splat(coef[B * pitch + j]),
+    )  # fmt: skip
 
 
 @point
-def apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, kind):
-    """Output of a row (design, E and F). `kind` is known when this is compiled: loops need not ask for what is not.
+def joined(first, second, k):
+    """Coefficients of `first` in the foremost k lanes, and of `second` in the others."""
+    mask = foremost(k)
+    return (
+        where(mask, first[0], second[0]), where(mask, first[1], second[1]), where(mask, first[2], second[2]),
+        where(mask, first[3], second[3]), where(mask, first[4], second[4]), where(mask, first[5], second[5]),
+    )  # fmt: skip
 
-    What lies `ahead` in x and `beyond` in the residual is prefetched.
+
+@point
+def value_of(x, other, coefs, slope, signs, word, bit, training, what):
+    """A vector of y, dx or dresidual, from x and the residual or dy."""
+    high, low, scale, mean, a, b = coefs
+    if what == OUTPUT:
+        return output(x, other, high, scale, low, slope, signs, word)
+    dy = gated(other, x, high, scale, low, slope, signs, word, bit) if slope != 1.0 else other
+    return gradient(dy, x, training, scale, mean, a, b) if what == GRADIENT else dy
+
+
+@point
+def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, what, kind, columns):
+    """A row of y, dx or dresidual: of columns, or of neighbouring channels of `length` values each (design, E, F, K).
+
+    `what`, `kind` and `columns` are known when this is compiled: loops need not ask for what is not.
     """
-    x, y, slope = job.x, job.y, 1.0 if kind == PLAIN else job.slope
-    residual, signs = given(job.residual, kind == ANY), given(job.signs, kind == ANY)
-    zero, end = like(load(coef, 0), 0.0), width - LANES
-    i = to_line(y, at) if job.streaming else 0
+    x, other = job.x, given(job.residual, kind == ANY) if what == OUTPUT else job.dy
+    out = job.y if what == OUTPUT else (job.dx if what == GRADIENT else job.dresidual)
+    slope = 1.0 if kind == PLAIN else (0.0 if kind == RELU else job.slope)
+    signs, training = given(job.signs, kind == ANY), job.training if kind == ANY else True
+    nothing, end, q = like(load(x, at), -0.0), width - LANES, 0  # x + -0 is x
+    i = to_line(out, at) if job.streaming else 0
     streaming = job.streaming and not (present(signs) and i > 0)
-    i = i if streaming else 0
-    last_x = load(x, at + end)
-    last_added = load(residual, at + end) if present(residual) else zero
+    i, edge = i if streaming else 0, width if columns == COLUMNS or what == RESIDUAL else length
+    last_x, last_other = load(x, at + end), load(other, at + end) if present(other) else nothing
+    coefs = coefs_at(coef, pitch, ZERO, columns)
     if i:
-        added = load(residual, at) if present(residual) else zero
-        store_where(y, at, foremost(i), output_column(load(x, at), added, coef, pitch, ZERO, slope, signs, word))
+        added = load(other, at) if present(other) else nothing
+        z = value_of(load(x, at), added, coefs, slope, signs, word, ZERO, training, what)
+        store_where(out, at, foremost(i), z)
     while i <= end:
-        if ahead:
-            prefetch(x, at + i + ahead)
-        if present(residual) and beyond:
-            prefetch(residual, at + i + beyond)
-        added = load(residual, at + i) if present(residual) else zero
-        z = output_column(load(x, at + i), added, coef, pitch, i * step, slope, signs, word + i // LANES)
-        put(y, at + i, z, streaming)
-        i += LANES
-    if i < width:
-        z = output_column(last_x, last_added, coef, pitch, end * step, slope, signs, word + i // LANES)
-        finish_row(y, at + end, width - i, z, streaming)
+        while i <= edge - LANES:
+            if ahead:
+                prefetch(x, at + i + ahead)
+            if present(other) and beyond:
+                prefetch(other, at + i + beyond)
+            if columns == COLUMNS:
+                coefs = coefs_at(coef, pitch, i, columns)
+            added = load(other, at + i) if present(other) else nothing
+            z = value_of(load(x, at + i), added, coefs, slope, signs, word + i // LANES, ZERO, training, what)
+            put(out, at + i, z, streaming)
+            i += LANES
+        if edge < width:  # the next channel, and a vector that it shares with this one
+            q += 1
+            following = coefs_at(coef, pitch, q, columns)
+            if i < edge:
+                added, both = load(other, at + i) if present(other) else nothing, joined(coefs, following, edge - i)
+                z = value_of(load(x, at + i), added, both, slope, signs, word + i // LANES, ZERO, training, what)
+                put(out, at + i, z, streaming)
+                i += LANES
+            coefs = following
+            edge += length
+    if i < width:  # the last vector overlaps the one before it, but not its signs
+        if columns == COLUMNS:
+            coefs = coefs_at(coef, pitch, end, columns)
+        final = word + (i if what == OUTPUT else end) // LANES
+        z = value_of(last_x, last_other, coefs, slope, signs, final, end % LANES, training, what)
+        finish_row(out, at + end, width - i, z, streaming)
+        if what == OUTPUT and present(signs):
+            signs[final] = np.uint16(signs[final] >> (i - end))
 
 
 @point
-def gradient_column(dy, x, coef, pitch, j, slope, signs, word, training):
-    """dx of the vector at column j."""
-    high, scale = load(coef, HIGH * pitch + j), load(coef, SCALE * pitch + j)
-    low, mean = load(coef, LOW * pitch + j), load(coef, MEAN * pitch + j)
-    a, b = load(coef, A * pitch + j), load(coef, B * pitch + j)
-    if slope != 1.0:
-        dy = gated(dy, x, high, scale, low, slope, signs, word)
-    return gradient(dy, x, training, scale, mean, a, b)
+def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, ahead, backward, columns):
+    """Output, or dx and dresidual, of rows of columns, or of channels of `length` values.
 
-
-@point
-def gradient_columns(job, at, width, coef, pitch, step, word, ahead, kind):
-    """dx of a row."""
-    x, dy, dx, slope = job.x, job.dy, job.dx, 1.0 if kind == PLAIN else job.slope
-    signs, training, end = given(job.signs, kind == ANY), job.training if kind == ANY else True, width - LANES
-    i = to_line(dx, at) if job.streaming else 0
-    streaming = job.streaming and not (present(signs) and i > 0)
-    i = i if streaming else 0
-    last_x, last_dy = load(x, at + end), load(dy, at + end)
-    if i:
-        d = gradient_column(load(dy, at), load(x, at), coef, pitch, ZERO, slope, signs, word, training)
-        store_where(dx, at, foremost(i), d)
-    while i <= end:
-        if ahead:
-            prefetch(x, at + i + ahead)
-            prefetch(dy, at + i + ahead)
-        value, g = load(x, at + i), load(dy, at + i)
-        d = gradient_column(g, value, coef, pitch, i * step, slope, signs, word + i // LANES, training)
-        put(dx, at + i, d, streaming)
-        i += LANES
-    if i < width:
-        d = gradient_column(last_dy, last_x, coef, pitch, end * step, slope, signs, word + i // LANES, training)
-        finish_row(dx, at + end, width - i, d, streaming)
-
-
-@point
-def residual_columns(job, at, width, word):
-    """dresidual of a row: the gated dy, whose signs are there if it has an activation.
-
-    A pass of its own: where two outputs are streamed line by line, and lie as far apart as neighbouring lines but for
-    whole pages, they cost up to 6 copies (32x256x56x56; their distance is the allocator's), and 1.9 row by row.
+    Each row is `stride` behind the one before it, or ahead of it if that is negative; what lies `ahead` is prefetched.
+    dresidual is a pass of its own: where two outputs are streamed line by line, and lie as far apart as neighbouring
+    lines but for whole pages, they cost up to 6 copies (32x256x56x56; their distance is the allocator's), and 1.9 so.
     """
-    dy, dresidual, signs, slope = job.dy, job.dresidual, job.signs, job.slope
-    i, end = (to_line(dresidual, at) if job.streaming else 0), width - LANES
-    streaming = job.streaming and not (present(signs) and i > 0)
-    i = i if streaming else 0
-    last_dy = load(dy, at + end)
-    if i:
-        store_where(dresidual, at, foremost(i), load(dy, at))
-    while i <= end:
-        g = load(dy, at + i)
-        if present(signs):
-            g = activated(g, mask_of(signs[word + i // LANES]), slope)
-        put(dresidual, at + i, g, streaming)
-        i += LANES
-    if i < width:
-        g = activated(last_dy, mask_of(signs[word + i // LANES]), slope) if present(signs) else last_dy
-        finish_row(dresidual, at + end, width - i, g, streaming)
-
-
-@loop
-def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahead, backward):
-    """Output, or dx and dresidual, of rows of columns; what lies `ahead` is prefetched.
-
-    Each row is `stride` behind the one before it, or ahead of it if that is negative.
-    """
-    noinline()
     simple = not (present(job.signs) or present(job.residual)) and job.training
-    plain, activated = simple and job.slope == 1.0, simple and job.slope != 1.0
+    plain, relu = simple and job.slope == 1.0, simple and job.slope == 0.0
     beyond = ahead if ahead or not job.ahead else stride  # after a reduction only the residual is out of the cache
     out = job.dx if backward else job.y
     for r in range(rows):
@@ -663,131 +754,36 @@ def apply_rows(job, at, stride, rows, width, coef, pitch, step, word, words, ahe
             if r + 1 < rows:
                 prefetch_part(out, at + stride)
         if backward and present(job.dresidual):  # first: dx may lie over dy
-            residual_columns(job, at, width, word)
+            write_row(job, at, width, coef, pitch, length, word, ZERO, ZERO, RESIDUAL, ANY, columns)
         if backward and plain:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, PLAIN)
-        elif backward and activated:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, ACTIVATED)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, PLAIN, columns)
+        elif backward and relu:
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, RELU, columns)
         elif backward:
-            gradient_columns(job, at, width, coef, pitch, step, word, ahead, ANY)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, ANY, columns)
         elif plain:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, ZERO, PLAIN)
-        elif activated:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, ZERO, ACTIVATED)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, OUTPUT, PLAIN, columns)
+        elif relu:
+            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, OUTPUT, RELU, columns)
         else:
-            apply_columns(job, at, width, coef, pitch, step, word, ahead, beyond, ANY)
+            write_row(job, at, width, coef, pitch, length, word, ahead, beyond, OUTPUT, ANY, columns)
         at += stride
         word += words
 
 
 @loop
-def apply_block(job, c0, c1, first, rows, column, length, backward, fused):
-    """Output, or dx and dresidual, of a block of channels c0 to c1, whose coefficients are the same in every column.
+def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
+    """Output, or dx and dresidual, of a block of channels c0 to c1.
 
     After their reduction from the last row to the first (design, I).
     """
     noinline()
-    channels, s, words = job.channels, job.s, (job.s + LANES - 1) // LANES
-    first, on, ahead = (first + rows - 1, -channels, 0) if fused else (first, channels, job.ahead)
-    coef = scratch(job.coef, ROW_COEF)
-    for c in range(c0, c1):
-        row = first * channels + c
-        for r in range(B + 1 if backward else SCALE + 1):
-            store(coef, r * LANES, splat(job.coef[r * channels + c]))
-        at, word = row * s + column, row * words + column // LANES
-        apart(apply_rows, (job, at, on * s, rows, length, coef, LANES, 0, word, on * words, ahead, backward))
-
-
-# --- slabs --------------------------------------------------------------------------------------------------------
-# Rows shorter than SHORT lie side by side: a slab is the rows of channels c0 to c1 in the samples of a block, and
-# vectors run over the ends of rows. The columns of a channel share a shift, so that their sums add up to its own.
-
-
-@point
-def slab_of(job, c0, c1, first):
-    """(at, stride, width, word, words) of the slab of channels c0 to c1 from sample `first` on.
-
-    Its rows of `width` values begin at `at`, `stride` apart; their signs begin at `word`, `words` apart. With signs,
-    all slabs but the last are of one width.
-    """
-    s, stride, slab = job.s, job.channels * job.s, (job.run * job.s + LANES - 1) // LANES
-    words = runs_of(job, job.run) * slab
-    return first * stride + c0 * s, stride, (c1 - c0) * s, first * words + c0 // job.run * slab, words
-
-
-@point
-def repeat(value, length, row, j):
-    """row[j : j + length] = value, of at least a vector."""
-    for i in range(j, j + length - LANES, LANES):
-        store(row, i, value)
-    store(row, j + length - LANES, value)
-
-
-@point
-def total_of(sums, j, length):
-    """Sum of sums[j : j + length], at least a vector of them."""
-    both = splat(0.0)
-    for i in range(j, j + length - LANES + 1, LANES):
-        both = both + load(sums, i)
-    if length % LANES:
-        both = both + where(last(length % LANES), load(sums, j + length - LANES), splat(0.0))
-    return total(both)
-
-
-@loop
-def slab_moments(job, c0, c1, b):
-    """Mean and m2 of block b of channels c0 to c1, into `part`."""
-    noinline()
-    first, rows, _, s = block_to_reduce(job, b)
-    at, stride, width, _, _ = slab_of(job, c0, c1, first)
-    channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
-    shifts, s1, s2 = scratch(job.coef, WIDEST), scratch(part, WIDEST), scratch(part, WIDEST)
-    for c in range(c1 - c0):
-        repeat(splat(rounded(shifts, shift_of(job.x, at + c * s))), s, shifts, c * s)
-    apart(sum_moments, (job, at, stride, rows, width, shifts, s1, s2))
-    for c in range(c1 - c0):
-        sums = total_of(s1, c * s, s), total_of(s2, c * s, s)
-        part[c], part[c + channels] = moments_of(np.float64(shifts[c * s]), rows * s, sums[0], sums[1])
-
-
-@point
-def signs_again(job):
-    """Whether a backward pass computes the activation's signs again."""
-    return job.slope != 1.0 and not present(job.signs)
-
-
-@point
-def slab_coef(job, c0, c1, coef, first, end):
-    """Rows `first` to `end` of the coefficients of channels c0 to c1, for every column."""
-    for r in range(first, end):
-        for c in range(c0, c1):
-            repeat(splat(job.coef[r * job.channels + c]), job.s, coef, r * SLAB + (c - c0) * job.s)
-
-
-@loop
-def slab_gradients(job, c0, c1, b):
-    """Sums of gated dy and of dy * (x - MEAN) over block b of channels c0 to c1, into `part`."""
-    noinline()
-    first, rows, _, s = block_to_reduce(job, b)
-    at, stride, width, word, words = slab_of(job, c0, c1, first)
-    channels, part = job.channels, ahead_of(job.part, 2 * b * job.channels + c0)
-    coef, s1, s2 = scratch(job.coef, SLAB_COEF), scratch(part, WIDEST), scratch(part, WIDEST)
-    slab_coef(job, c0, c1, coef, HIGH if signs_again(job) else MEAN, MEAN + 1)
-    apart(sum_gradients, (job, at, stride, rows, width, coef, SLAB, word, words, s1, s2))
-    for c in range(c1 - c0):
-        part[c], part[c + channels] = total_of(s1, c * s, s), total_of(s2, c * s, s)
-
-
-@loop
-def apply_slab(job, c0, c1, first, rows, backward, fused):
-    """Output, or dx and dresidual, of channels c0 to c1 in so many samples: after their reduction the last first."""
-    noinline()
     first, on, ahead = (first + rows - 1, -1, 0) if fused else (first, 1, job.ahead)
-    at, stride, width, word, words = slab_of(job, c0, c1, first)
-    coef = scratch(job.coef, SLAB_COEF)
-    first_coef = SCALE if backward and not signs_again(job) else HIGH
-    slab_coef(job, c0, c1, coef, first_coef, B + 1 if backward else SCALE + 1)
-    apart(apply_rows, (job, at, on * stride, rows, width, coef, SLAB, 1, word, on * words, ahead, backward))
+    at, stride, word, words = slab_of(job, c0, first)
+    at, word, width, coef = at + column, word + column // LANES, (c1 - c0) * length, ahead_of(job.coef, c0)
+    write_rows(
+        job, at, on * stride, rows, width, coef, job.channels, length, word, on * words, ahead, backward, CHANNELS
+    )
 
 
 # --- column nest --------------------------------------------------------------------------------------------------
@@ -870,7 +866,7 @@ def apply_group(job, t, backward):
     columns, first = job.columns, t * group_of(job.columns)
     rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
     at, word = first * columns, first * words
-    apart(apply_rows, (job, at, columns, rows, columns, job.coef, columns, 1, word, words, job.ahead, backward))
+    write_rows(job, at, columns, rows, columns, job.coef, columns, ZERO, word, words, job.ahead, backward, COLUMNS)
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -885,20 +881,8 @@ def can_stream(job):
 
 @point
 def spread_of(job):
-    """Channels of a task of output alone: as many as lie in a block's length."""
-    return job.run if job.s < SHORT or job.s > BLOCK else BLOCK // job.s
-
-
-@point
-def runs_of(job, run):
-    """Number of runs of so many neighbouring channels."""
-    return (job.channels + run - 1) // run
-
-
-@point
-def run_of(job, t, run):
-    """Channels c0 to c1 of run t."""
-    return t * run, min(t * run + run, job.channels)
+    """Channels of a task of output alone: as many as lie in a block's length or, with signs, as have words together."""
+    return job.run if job.s > BLOCK or present(job.signs) else BLOCK // job.s
 
 
 @point
@@ -960,28 +944,10 @@ def finish_channel(job, c, backward, apply):
 def reduce_run(job, c0, c1, b, backward):
     """Mean and m2, or sums of gradients, of block b of channels c0 to c1, into `part` (blocks, 2, channels)."""
     noinline()
-    part = ahead_of(job.part, 2 * b * job.channels)
-    if job.s < SHORT:
-        if backward:
-            apart(slab_gradients, (job, c0, c1, b))
-        else:
-            apart(slab_moments, (job, c0, c1, b))
+    if backward:
+        apart(block_gradients, (job, c0, c1, b))
     else:
-        for c in range(c0, c1):
-            if backward:
-                part[c], part[c + job.channels] = apart(block_gradients, (job, c, b))
-            else:
-                part[c], part[c + job.channels] = apart(block_moments, (job, c, b))
-
-
-@loop
-def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
-    """Output, or dx and dresidual, of a block of channels c0 to c1."""
-    noinline()
-    if job.s < SHORT:
-        apart(apply_slab, (job, c0, c1, first, rows, backward, fused))
-    else:
-        apart(apply_block, (job, c0, c1, first, rows, column, length, backward, fused))
+        apart(block_moments, (job, c0, c1, b))
 
 
 @point
@@ -996,16 +962,10 @@ def run_at_once(job, t, backward):
             round_gradient(job, c, job.channels, c)
         else:
             round_affine(job, c, job.channels, c)
-    height = BLOCK // job.s if job.s < SHORT else 1
+    height = max(1, BLOCK // job.s)
     for b in range(blocks_of(job.n, job.s, height, BLOCK) - 1, -1, -1):  # the last first: it is in the nearest cache
         first, rows, column, length = block_of(b, job.n, job.s, height, BLOCK)
         apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))
-
-
-@point
-def samples_of(job):
-    """Samples of a task of output alone."""
-    return 1 if job.s >= SHORT else SAMPLES
 
 
 @loop
@@ -1020,7 +980,7 @@ def task(job, backward, phase, t):
     elif phase == APPLY:
         runs = runs_of(job, spread_of(job))  # in the order of memory
         c0, c1 = run_of(job, t % runs, spread_of(job))
-        first, height, column, length = block_of(t // runs, job.n, job.s, samples_of(job), BLOCK)
+        first, height, column, length = block_of(t // runs, job.n, job.s, 1, BLOCK)
         apart(apply_run, (job, c0, c1, first, height, column, length, backward, False))
     elif phase == APPLY_COLUMNS:
         apart(apply_group, (job, t, backward))
@@ -1039,7 +999,7 @@ def tasks_of(job, phase):
     if phase == REDUCE:
         tasks *= job.blocks
     elif phase == APPLY:
-        tasks = blocks_of(job.n, job.s, samples_of(job), BLOCK) * runs_of(job, spread_of(job))
+        tasks = blocks_of(job.n, job.s, 1, BLOCK) * runs_of(job, spread_of(job))
     elif phase == REDUCE_COLUMNS:
         tasks = job.blocks * chunks_of(job.columns)
     elif phase == APPLY_COLUMNS:
