@@ -233,13 +233,32 @@ def _jax(row: Row, p: Problem) -> Candidate:
     import jax.numpy as jnp
 
     jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
-    axes, lift = row.case.reduced, row.case.per_channel
+    lift = row.case.per_channel
+    x, dy, residual = (jnp.asarray(a) for a in (p.x, p.dy, p.residual))
+    weight, bias, scale, shift = (jnp.asarray(lift(v)) for v in (p.weight, p.bias, p.scale, p.shift))
+    function, pulled = _jax_functions(row)
+    arguments: tuple[Any, ...] = (x, weight, bias, residual)
+    if row.kind == "backward":
+        arguments = (pulled(*arguments[: 4 if row.add else 3]), dy)
+    elif row.kind == "eval":
+        arguments = (x, scale, shift, residual)
+    finish: Callable[[Any], Any] = jax.block_until_ready
+    return Candidate(lambda: finish(function(*arguments)), result=lambda returned: np.asarray(_first(returned)))
+
+
+@functools.lru_cache(maxsize=1)
+def _jax_functions(row: Row) -> tuple[Any, Any]:
+    """The row's operation, compiled; and what makes of a forward's arguments what its backward starts from."""
+    import jax
+    import jax.numpy as jnp
+
+    axes = row.case.reduced
 
     def activate(y: Any, residual: Any) -> Any:
         y = y + residual if row.add else y
         return jnp.maximum(y, 0) if row.relu else y
 
-    def train(x: Any, weight: Any, bias: Any, residual: Any) -> Any:
+    def train(x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
         mean = x.mean(axes, keepdims=True)
         var = jnp.square(x - mean).mean(axes, keepdims=True)
         return activate((x - mean) * (jax.lax.rsqrt(var + EPS) * weight) + bias, residual)
@@ -247,20 +266,8 @@ def _jax(row: Row, p: Problem) -> Candidate:
     def evaluate(x: Any, scale: Any, shift: Any, residual: Any) -> Any:
         return activate(x * scale + shift, residual)
 
-    x, dy, residual = (jnp.asarray(a) for a in (p.x, p.dy, p.residual))
-    weight, bias, scale, shift = (jnp.asarray(lift(v)) for v in (p.weight, p.bias, p.scale, p.shift))
-    function: Any
-    arguments: tuple[Any, ...]
-    if row.kind == "backward":
-        inputs = (x, weight, bias, residual) if row.add else (x, weight, bias)
-        _, pull = jax.jit(lambda *a: jax.vjp(lambda *b: train(*b, *() if row.add else (residual,)), *a))(*inputs)
-        function, arguments = jax.jit(lambda pull, dy: pull(dy)), (pull, dy)
-    elif row.kind == "train":
-        function, arguments = jax.jit(train), (x, weight, bias, residual)
-    else:
-        function, arguments = jax.jit(evaluate), (x, scale, shift, residual)
-    finish: Callable[[Any], Any] = jax.block_until_ready
-    return Candidate(lambda: finish(function(*arguments)), result=lambda returned: np.asarray(_first(returned)))
+    operation: Callable[..., Any] = {"train": train, "eval": evaluate, "backward": lambda pull, dy: pull(dy)}[row.kind]
+    return jax.jit(operation), jax.jit(lambda *arguments: jax.vjp(train, *arguments)[1])
 
 
 # --- oneDNN -----------------------------------------------------------------------------------------------------------
