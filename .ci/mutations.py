@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(NUMBA, "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
     Mutation(
         NUMBA,
-        "sum1, sum2 = row_moments(job, at, single,",
-        "row_moments(job, at, single,",
+        "sum1, sum2 = add(job, c0 + q, begin, single,",
+        "add(job, c0 + q, begin, single,",
         "rows left over by four",
         ("tests/test_functional.py",),
     ),

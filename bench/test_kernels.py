@@ -41,7 +41,7 @@ def times(row: Row) -> tuple[Samples, float]:
         if place:
             problem.cache_clear()
         ready = _candidates(row)
-        kept.append(ready)  # memory that were given back would be the next place
+        kept.append(ready)  # what is given back would be the next place
         more, share = in_turn(ready, SECONDS / places)
         others = max(others, share)
         for name, values in more.items():

@@ -40,13 +40,19 @@ point V NAME(output)(V x, V added, V high, V scale, V low, REAL slope, uint16_t 
     return z;
 }
 
-/* dy behind the activation, whose sign is read or, without a residual, computed again exactly as in `output`. */
+/* Signs of the vector from value i on in a row whose words are these. */
+point M NAME(mask_at)(const uint16_t *sign, Index i) {
+    const size_t word = (size_t)i / LANES, bit = (size_t)i % LANES;
+    return NAME(mask_of)((sign[word] | (uint32_t)sign[word + 1] << LANES) >> bit);
+}
+
+/* Signs without a residual, computed again exactly as in `output`. */
+point M NAME(signs_of)(V x, V high, V scale, V low) { return NAME(positive)(NAME(fma)(x - high, scale, low)); }
+
+/* dy behind the activation, whose sign is read or computed again. */
 point V NAME(gated)(V dy, V x, V high, V scale, V low, REAL slope, const uint16_t *sign) {
-    if (slope != 1) {
-        M open = sign ? NAME(mask_of)(*sign) : NAME(positive)(NAME(fma)(x - high, scale, low));
-        dy = NAME(activated)(dy, open, slope);
-    }
-    return dy;
+    if (slope == 1) return dy;
+    return NAME(activated)(dy, sign ? NAME(mask_of)(*sign) : NAME(signs_of)(x, high, scale, low), slope);
 }
 
 /* dx of a gated dy */
@@ -62,12 +68,6 @@ point REAL NAME(shift_of)(const REAL *x) { return isfinite(*x) ? *x : 0; }
 /* Prefetch all lines of two vectors. */
 point void NAME(prefetch_two)(const REAL *x) {
     for (Index i = 0; i < 2 * LANES; i += LINE / (Index)sizeof(REAL)) prefetch(x + i);
-}
-
-/* Signs of the vector from value i on in a row whose words are these. */
-point M NAME(mask_at)(const uint16_t *sign, Index i) {
-    const size_t word = (size_t)i / LANES, bit = (size_t)i % LANES;
-    return NAME(mask_of)((sign[word] | (uint32_t)sign[word + 1] << LANES) >> bit);
 }
 
 /* One value of each of so many rows, and `rest` in the lanes left. */
@@ -116,44 +116,20 @@ point void NAME(row_moments)(const REAL *x, Index stride, const Index streams, I
     *sum2 = NAME(plus)(s2, t2);
 }
 
-/* Mean and m2 of block b of a run of channels, into `part`. */
-static void NAME(block_moments)(const Job *job, Run run, Index b) {
-    const Block k = block_to_reduce(job, b);
-    const Index s = job->s, stride = job->channels * s, channels = run.c1 - run.c0;
-    const REAL *x = (const REAL *)job->x + k.first * stride + run.c0 * s + k.column;
-    double *part = job->part + 2 * b * job->channels + run.c0;
-    REAL shifts[MOST_CHANNELS];
-    W s1[MOST_CHANNELS], s2[MOST_CHANNELS];
-    for (Index q = 0; q < channels; q++) {
-        shifts[q] = NAME(shift_of)(x + q * s);
-        s1[q] = s2[q] = NAME(splat_wide)(0);
-    }
-#define ADD(streams) NAME(row_moments)(x + q * s, stride, streams, k.length, far, shifts[q], s1 + q, s2 + q)
-    for (Index row = 0; row < k.rows; row += STREAMS, x += STREAMS * stride)
-        for (Index q = 0; q < channels; q++) {
-            const Ahead far = ahead_in(job, run, k, row, q);
-            if (row + STREAMS <= k.rows) ADD(STREAMS);
-            else ADD(k.rows - row);
-        }
-#undef ADD
-    for (Index q = 0; q < channels; q++, part++)
-        moments_of(shifts[q], k.rows * k.length, NAME(total)(s1[q]), NAME(total)(s2[q]), part, part + job->channels);
-}
-
 /* Add so many rows of a channel at a time, `stride` apart and their signs `words`, to the sums of gated dy and of
-   dy * (x - MEAN); their first sign is number `bit`. `kind` is known when this is compiled. */
+   dy * (x - mean); their first sign is number `bit`. `kind` is known when this is compiled. */
 point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *sign, Index stride, Index words, Index bit,
-                               const Index streams, Index length, Ahead far, const REAL *coef, Index pitch, REAL slope,
-                               W *sum_dy, W *dot, const int kind) {
+                               const Index streams, Index length, Ahead far, REAL mean, const REAL *coef, Index pitch,
+                               REAL slope, W *sum_dy, W *dot, const int kind) {
     if (kind == SIGNED && !sign) __builtin_unreachable();
     const Index whole = length - length % (2 * LANES);
     const V high = NAME(splat)(coef[HIGH * pitch]), scale = NAME(splat)(coef[SCALE * pitch]);
     const V low = NAME(splat)(coef[LOW * pitch]);
-    const W around = NAME(splat_wide)(coef[MEAN * pitch]), one = NAME(ones)();
+    const W around = NAME(splat_wide)(mean), one = NAME(ones)();
     W dys = *sum_dy, dots = *dot, dys2 = NAME(splat_wide)(0), dots2 = dys2;
     Index i = 0;
 #define OPEN(at, i, r) \
-    (sign ? NAME(mask_at)(sign + r * words, bit + i) : NAME(positive)(NAME(fma)(NAME(load)(x + at) - high, scale, low)))
+    (sign ? NAME(mask_at)(sign + r * words, bit + i) : NAME(signs_of)(NAME(load)(x + at), high, scale, low))
 #define GATED(at, i, r) \
     (kind == PLAIN ? NAME(load)(dy + at) : NAME(activated)(NAME(load)(dy + at), OPEN(at, i, r), slope))
 #define WIDE_GATED(at, i, r) (kind == PLAIN ? NAME(load_widened)(dy + at) : NAME(widen)(GATED(at, i, r)))
@@ -174,8 +150,8 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
         const V none = {0}, value = NAME(gathered)(x + i, stride, streams, none);
         V g = NAME(gathered)(dy + i, stride, streams, none);
         if (kind != PLAIN) {
-            const M signs = NAME(mask_of)(sign ? gathered_bits(sign, words, streams, bit + i, LANES) : 0);
-            g = NAME(activated)(g, sign ? signs : NAME(positive)(NAME(fma)(value - high, scale, low)), slope);
+            const uint16_t signs = sign ? gathered_bits(sign, words, streams, bit + i, LANES) : 0;
+            g = NAME(gated)(g, value, high, scale, low, slope, sign ? &signs : 0);
         }
         dys = NAME(plus)(dys, NAME(widen)(g));
         dots = NAME(fused)(NAME(widen)(g), NAME(minus)(NAME(widen)(value), around), dots);
@@ -196,39 +172,58 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
     *dot = NAME(plus)(dots, dots2);
 }
 
-/* `block_gradients` of a kind that is known when this is compiled. */
-point void NAME(gradients_of_kind)(const Job *job, Run run, Index b, const int kind) {
+/* Two sums over block b for every channel of a run, where x is taken around a value: of moments or, in a backward pass, of
+   gradients. Both are known when this is compiled, `backward` and the kind. */
+point void NAME(sum_run)(const Job *job, Run run, Index b, const REAL *around, W *sum1, W *sum2, const int backward,
+                         const int kind) {
     const Block k = block_to_reduce(job, b);
     const Slab slab = slab_of(job, run.c0, k.first, LANES);
     const Index s = job->s, channels = run.c1 - run.c0;
-    const REAL *coef = (const REAL *)job->coef + run.c0;
-    double *part = job->part + 2 * b * job->channels + run.c0;
-    W dys[MOST_CHANNELS], dots[MOST_CHANNELS];
-    const REAL slope = slope_of(job, kind);
-    for (Index q = 0; q < channels; q++) dys[q] = dots[q] = NAME(splat_wide)(0);
+    const REAL *coef = (const REAL *)job->coef + run.c0, slope = slope_of(job, kind);
+    for (Index q = 0; q < channels; q++) sum1[q] = sum2[q] = NAME(splat_wide)(0);
 #define ADD(streams) \
-    NAME(row_gradients)((const REAL *)job->x + at, (const REAL *)job->dy + at, sign, slab.stride, slab.words, \
-                        q * s + k.column, streams, k.length, far, coef + q, job->channels, slope, dys + q, dots + q, kind)
+    (backward ? NAME(row_gradients)(x, (const REAL *)job->dy + at, sign, slab.stride, slab.words, q * s + k.column, \
+                                    streams, k.length, far, around[q], coef + q, job->channels, slope, sum1 + q, sum2 + q, \
+                                    kind) \
+              : NAME(row_moments)(x, slab.stride, streams, k.length, far, around[q], sum1 + q, sum2 + q))
     for (Index row = 0; row < k.rows; row += STREAMS) {
         const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + slab.word + row * slab.words : 0;
         for (Index q = 0, at = slab.at + row * slab.stride + k.column; q < channels; q++, at += s) {
+            const REAL *x = (const REAL *)job->x + at;
             const Ahead far = ahead_in(job, run, k, row, q);
             if (row + STREAMS <= k.rows) ADD(STREAMS);
             else ADD(k.rows - row);
         }
     }
 #undef ADD
-    for (Index q = 0; q < channels; q++, part++) part[0] = NAME(total)(dys[q]), part[job->channels] = NAME(total)(dots[q]);
+}
+
+/* Mean and m2 of block b of a run of channels, into `part`. */
+static void NAME(block_moments)(const Job *job, Run run, Index b) {
+    const Block k = block_to_reduce(job, b);
+    const REAL *x = (const REAL *)job->x + slab_of(job, run.c0, k.first, LANES).at + k.column;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    REAL shifts[MOST_CHANNELS];
+    W s1[MOST_CHANNELS], s2[MOST_CHANNELS];
+    for (Index q = 0; q < run.c1 - run.c0; q++) shifts[q] = NAME(shift_of)(x + q * job->s);
+    NAME(sum_run)(job, run, b, shifts, s1, s2, 0, PLAIN);
+    for (Index q = 0; q < run.c1 - run.c0; q++, part++)
+        moments_of(shifts[q], k.rows * k.length, NAME(total)(s1[q]), NAME(total)(s2[q]), part, part + job->channels);
 }
 
 /* Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`. */
 static void NAME(block_gradients)(const Job *job, Run run, Index b) {
+    const REAL *mean = (const REAL *)job->coef + MEAN * job->channels + run.c0;
+    double *part = job->part + 2 * b * job->channels + run.c0;
+    W dys[MOST_CHANNELS], dots[MOST_CHANNELS];
     switch (gradient_kind(job)) {
-    case PLAIN: NAME(gradients_of_kind)(job, run, b, PLAIN); break;
-    case RELU: NAME(gradients_of_kind)(job, run, b, RELU); break;
-    case SIGNED: NAME(gradients_of_kind)(job, run, b, SIGNED); break;
-    default: NAME(gradients_of_kind)(job, run, b, ANY);
+    case PLAIN: NAME(sum_run)(job, run, b, mean, dys, dots, 1, PLAIN); break;
+    case RELU: NAME(sum_run)(job, run, b, mean, dys, dots, 1, RELU); break;
+    case SIGNED: NAME(sum_run)(job, run, b, mean, dys, dots, 1, SIGNED); break;
+    default: NAME(sum_run)(job, run, b, mean, dys, dots, 1, ANY);
     }
+    for (Index q = 0; q < run.c1 - run.c0; q++, part++)
+        part[0] = NAME(total)(dys[q]), part[job->channels] = NAME(total)(dots[q]);
 }
 
 /* --- columns ------------------------------------------------------------------------------------------------------ */
@@ -287,8 +282,7 @@ point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows,
                 const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word + rs.first * words : 0;
                 for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
                     if (kind == SIGNED && !sign) __builtin_unreachable();
-                    const M open = sign ? NAME(mask_at)(sign, k)
-                                        : NAME(positive)(NAME(fma)(NAME(load)(x) - high, scale, low));
+                    const M open = sign ? NAME(mask_at)(sign, k) : NAME(signs_of)(NAME(load)(x), high, scale, low);
                     W g = NAME(widen)(NAME(activated)(NAME(load)(dy), open, slope));
                     sum_dy = NAME(added)(sum_dy, g, one);
                     dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
@@ -323,6 +317,9 @@ point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
     if (streaming) NAME(store_where)(x, NAME(last)(rest), value);
     else NAME(store)(x, value);
 }
+
+typedef struct { V high, low, scale, mean, a, b; } NAME(Coefs); /* in every lane: see `coef` */
+#define Coefs NAME(Coefs)
 
 /* Coefficients of a vector: of column j, or of a channel in every lane. What is not used is not loaded. */
 point Coefs NAME(coefs_at)(const REAL *coef, Index pitch, Index j, const int columns) {

@@ -23,9 +23,6 @@ typedef struct { NAME(D) low; } NAME(W);
 #define W NAME(W)
 #define D NAME(D)
 
-typedef struct { V high, low, scale, mean, a, b; } NAME(Coefs); /* of every lane: see `coef` */
-#define Coefs NAME(Coefs)
-
 point V NAME(load)(const REAL *x) { return *(const V *)x; }
 point void NAME(store)(REAL *x, V value) { *(V *)x = value; }
 point V NAME(splat)(REAL value) { return value - (V){0}; }

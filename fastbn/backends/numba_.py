@@ -266,12 +266,18 @@ def mask_at(signs, word, bit):
 
 
 @point
+def signs_of(x, high, scale, low):
+    """Signs without a residual, computed again exactly as in `output`."""
+    return positive(fma(x - high, scale, low))
+
+
+@point
 def gated(dy, x, high, scale, low, slope, signs, word, bit):
-    """dy behind an activation, whose sign is read or, without a residual, computed again exactly as in `output`."""
+    """dy behind an activation, whose sign is read or computed again."""
     if present(signs):
         dy = activated(dy, mask_at(signs, word, bit), slope)
     else:
-        dy = activated(dy, positive(fma(x - high, scale, low)), slope)
+        dy = activated(dy, signs_of(x, high, scale, low), slope)
     return dy
 
 
@@ -376,17 +382,16 @@ def ahead_in(job, c0, c1, c, row, column, length):
 
 
 @point
-def row_moments(job, at, streams, length, far, shift, s1, s2):
-    """Add so many rows of a channel at a time to the sums of x - shift and of its square.
+def row_moments(job, c, rows, streams, length, far, shift, s1, s2):
+    """Add so many rows of channel c at a time to the sums of x - shift and of its square.
 
     Their number is known when this is compiled: where it was not, sums went through the stack (of gradients in cache:
     10.2 ns for 16 values, 5.3 so).
     """
     x, stride, around, zero, one = job.x, job.channels * job.s, splat(shift), splat(0.0), ones()
-    begin, whole = at, length - length % LANES
-    turn, after = far
+    begin, whole = rows[0], length - length % LANES
     i = 0
-    for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
+    for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
         while i < stop:
             at = begin + i
             for _ in range(streams):
@@ -410,52 +415,16 @@ def row_moments(job, at, streams, length, far, shift, s1, s2):
     return s1, s2
 
 
-@loop
-def block_moments(job, c0, c1, b):
-    """Mean and m2 of block b of a run of channels, into `part` (design, C and G)."""
-    noinline()
-    first, rows, column, length = block_to_reduce(job, b)
-    start, stride, _, _ = slab_of(job, c0, first)
-    s, part = job.s, ahead_of(job.part, 2 * b * job.channels)
-    shifts = scratch(job.coef, MOST_CHANNELS)
-    s1, s2 = scratch(part, SUMS), scratch(part, SUMS)
-    four, single, row = np.intp(STREAMS), np.intp(1), 0
-    for q in range(c1 - c0):
-        shifts[q] = rounded(shifts, shift_of(job.x, start + q * s + column))
-        store(s1, q * LANES, splat(0.0))
-        store(s2, q * LANES, splat(0.0))
-    while row < rows:
-        bundle = row + STREAMS <= rows
-        for q in range(c1 - c0):
-            at, shift = start + row * stride + q * s + column, np.float64(shifts[q])
-            far = ahead_in(job, c0, c1, c0 + q, first + row, column, length)
-            sum1, sum2 = load(s1, q * LANES), load(s2, q * LANES)
-            if bundle:
-                sum1, sum2 = row_moments(job, at, four, length, far, shift, sum1, sum2)
-            else:
-                sum1, sum2 = row_moments(job, at, single, length, far, shift, sum1, sum2)
-            store(s1, q * LANES, sum1)
-            store(s2, q * LANES, sum2)
-        row += STREAMS if bundle else 1
-    for q in range(c1 - c0):
-        sums = total(load(s1, q * LANES)), total(load(s2, q * LANES))
-        moments = moments_of(np.float64(shifts[q]), rows * length, sums[0], sums[1])
-        part[c0 + q], part[c0 + q + job.channels] = moments
-
-
 @point
-def row_gradients(job, at, word, bit, words, streams, length, far, coef, sum_dy, dot):
-    """Add so many rows of a channel at a time to the sums of gated dy and of dy * (x - MEAN).
-
-    Signs begin so many bits behind a word, and those of the next row `words` behind it.
-    """
-    x, dy, slope, signs, one = job.x, job.dy, job.slope, job.signs, ones()
-    high, scale, low, mean = splat(coef[0]), splat(coef[1]), splat(coef[2]), np.float64(coef[3])
-    again, around = alias(x), splat(mean)  # values become float64 as they are loaded (design, J)
-    stride, begin, whole = job.channels * job.s, at, length - length % LANES
-    turn, after = far
+def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot):
+    """Add so many rows of channel c at a time to the sums of gated dy and of dy * (x - mean)."""
+    x, dy, slope, signs, coef, channels, one = job.x, job.dy, job.slope, job.signs, job.coef, job.channels, ones()
+    high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
+    low, around, again = splat(coef[LOW * channels + c]), splat(mean), alias(x)  # see design, J
+    begin, word, bit, words = rows
+    stride, whole = channels * job.s, length - length % LANES
     i = 0
-    for stop, ahead in ((min(turn, whole), AHEAD), (whole, after)):
+    for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
         if slope == 1.0:
             while i < stop:
                 at = begin + i
@@ -486,7 +455,7 @@ def row_gradients(job, at, word, bit, words, streams, length, far, coef, sum_dy,
             if present(signs):
                 opened = gathered_mask(signs, word + bit // LANES, words, streams, bit % LANES)
             else:
-                opened = positive(fma(value - high, scale, low))
+                opened = signs_of(value, high, scale, low)
             g = activated(g, opened, slope)
         sum_dy = fma(widen(g), one, sum_dy)
         dot = fma(widen(g), widen(value) - around, dot)
@@ -505,38 +474,59 @@ def row_gradients(job, at, word, bit, words, streams, length, far, coef, sum_dy,
     return sum_dy, dot
 
 
+@point
+def sum_run(add, job, c0, c1, b, around, sums1, sums2):
+    """Two sums over block b for every channel of a run, as vectors, where x is taken around a value.
+
+    `add` adds STREAMS rows of a channel at a time, and what is left one by one: rows begin at a value of x and at a
+    bit of a word of signs, and signs are so many words apart.
+    """
+    first, rows, column, length = block_to_reduce(job, b)
+    start, stride, word, words = slab_of(job, c0, first)
+    four, single, row = np.intp(STREAMS), np.intp(1), 0
+    for q in range(c1 - c0):
+        store(sums1, q * LANES, splat(0.0))
+        store(sums2, q * LANES, splat(0.0))
+    while row < rows:
+        bundle = row + STREAMS <= rows
+        for q in range(c1 - c0):
+            j, mean = q * job.s + column, np.float64(around[q])
+            begin = start + row * stride + j, word + row * words + j // LANES, j % LANES, words
+            far = ahead_in(job, c0, c1, c0 + q, first + row, column, length)
+            sum1, sum2 = load(sums1, q * LANES), load(sums2, q * LANES)
+            if bundle:
+                sum1, sum2 = add(job, c0 + q, begin, four, length, far, mean, sum1, sum2)
+            else:
+                sum1, sum2 = add(job, c0 + q, begin, single, length, far, mean, sum1, sum2)
+            store(sums1, q * LANES, sum1)
+            store(sums2, q * LANES, sum2)
+        row += STREAMS if bundle else 1
+
+
+@loop
+def block_moments(job, c0, c1, b):
+    """Mean and m2 of block b of a run of channels, into `part` (design, C and G)."""
+    noinline()
+    first, rows, column, length = block_to_reduce(job, b)
+    start, part = slab_of(job, c0, first)[0] + column, ahead_of(job.part, 2 * b * job.channels + c0)
+    s1, s2, shifts = scratch(part, SUMS), scratch(part, SUMS), scratch(job.coef, MOST_CHANNELS)
+    for q in range(c1 - c0):
+        shifts[q] = rounded(shifts, shift_of(job.x, start + q * job.s))
+    sum_run(row_moments, job, c0, c1, b, shifts, s1, s2)
+    for q in range(c1 - c0):
+        sums = total(load(s1, q * LANES)), total(load(s2, q * LANES))
+        part[q], part[q + job.channels] = moments_of(np.float64(shifts[q]), rows * length, sums[0], sums[1])
+
+
 @loop
 def block_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`."""
     noinline()
-    first, rows, column, length = block_to_reduce(job, b)
-    start, stride, word, words = slab_of(job, c0, first)
-    channels, s, coef, part = job.channels, job.s, job.coef, ahead_of(job.part, 2 * b * job.channels)
+    part, mean = ahead_of(job.part, 2 * b * job.channels + c0), ahead_of(job.coef, MEAN * job.channels + c0)
     dys, dots = scratch(part, SUMS), scratch(part, SUMS)
-    four, single, row = np.intp(STREAMS), np.intp(1), 0
+    sum_run(row_gradients, job, c0, c1, b, mean, dys, dots)
     for q in range(c1 - c0):
-        store(dys, q * LANES, splat(0.0))
-        store(dots, q * LANES, splat(0.0))
-    while row < rows:
-        bundle = row + STREAMS <= rows
-        for q in range(c1 - c0):
-            c, at, sign = c0 + q, start + row * stride + q * s + column, q * s + column
-            coefs = (
-                coef[HIGH * channels + c], coef[SCALE * channels + c],
-                coef[LOW * channels + c], coef[MEAN * channels + c],
-            )  # fmt: skip
-            sign, bit = word + row * words + sign // LANES, sign % LANES
-            far = ahead_in(job, c0, c1, c, first + row, column, length)
-            dy, dot = load(dys, q * LANES), load(dots, q * LANES)
-            if bundle:
-                dy, dot = row_gradients(job, at, sign, bit, words, four, length, far, coefs, dy, dot)
-            else:
-                dy, dot = row_gradients(job, at, sign, bit, words, single, length, far, coefs, dy, dot)
-            store(dys, q * LANES, dy)
-            store(dots, q * LANES, dot)
-        row += STREAMS if bundle else 1
-    for q in range(c1 - c0):
-        part[c0 + q], part[c0 + q + channels] = total(load(dys, q * LANES)), total(load(dots, q * LANES))
+        part[q], part[q + job.channels] = total(load(dys, q * LANES)), total(load(dots, q * LANES))
 
 
 # --- columns ------------------------------------------------------------------------------------------------------
@@ -940,10 +930,9 @@ def finish_channel(job, c, backward, apply):
         job.stats[c], job.stats[channels + c] = first, second
 
 
-@loop
+@point
 def reduce_run(job, c0, c1, b, backward):
     """Mean and m2, or sums of gradients, of block b of channels c0 to c1, into `part` (blocks, 2, channels)."""
-    noinline()
     if backward:
         apart(block_gradients, (job, c0, c1, b))
     else:
@@ -955,7 +944,7 @@ def run_at_once(job, t, backward):
     """Reduction and output of run t."""
     c0, c1 = run_of(job, t, job.run)
     for b in range(job.blocks):
-        apart(reduce_run, (job, c0, c1, b, backward))
+        reduce_run(job, c0, c1, b, backward)
     for c in range(c0, c1):
         apart(finish_channel, (job, c, backward, True))
         if backward:
@@ -976,7 +965,7 @@ def task(job, backward, phase, t):
         run_at_once(job, t, backward)
     elif phase == REDUCE:
         c0, c1 = run_of(job, t // job.blocks, job.run)
-        apart(reduce_run, (job, c0, c1, t % job.blocks, backward))
+        reduce_run(job, c0, c1, t % job.blocks, backward)
     elif phase == APPLY:
         runs = runs_of(job, spread_of(job))  # in the order of memory
         c0, c1 = run_of(job, t % runs, spread_of(job))
