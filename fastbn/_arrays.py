@@ -23,7 +23,6 @@ _SHORT = (np.float16, np.uint8, np.uint16, np.int8, np.int16)
 MEASURED: tuple[np.dtype[Any], ...] = (*FLOATS, *map(np.dtype, _SHORT))  # what statistics are taken of
 
 _ALIGNED_C = 0x100 | 0x1  # bits of ndarray.flags.num
-_OWNS = 0x4
 _WRITEABLE = 0x400
 _UPDATABLE = _ALIGNED_C | _WRITEABLE
 
@@ -185,9 +184,10 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str 
         raise TypeError(f"{name} must have dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {out.shape}")
-    if not out.flags.num & _WRITEABLE:
+    flags = out.flags.num
+    if not flags & _WRITEABLE:
         raise ValueError(f"{name} is read-only")
-    if not out.flags.num & 0x3 and _may_collide(out):
+    if not flags & 0x3 and _may_collide(out):
         raise ValueError(f"{name} has values that overlap each other: shape {shape}, strides {out.strides}")
 
 
@@ -215,16 +215,11 @@ def writable_in_place(out: Array, like: View, inputs: tuple[Array | None, ...]) 
     if out.strides != like.array.strides or not out.flags.num & 0x100:
         return False
     for other in inputs:
-        if other is not None and other is not out and may_share(out, other) and not _same_memory(out, other):
+        if other is None or other is out:
+            continue
+        if np.may_share_memory(out, other) and not _same_memory(out, other):
             return False
     return True
-
-
-def may_share(a: Array, b: Array) -> bool:
-    """Whether two arrays may share memory: not if they are two that have memory of their own."""
-    if a.flags.num & b.flags.num & _OWNS:
-        return a is b
-    return np.may_share_memory(a, b)
 
 
 def _same_memory(a: Array, b: Array) -> bool:

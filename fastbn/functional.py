@@ -22,7 +22,6 @@ from fastbn._arrays import (
     check_apart,
     check_out,
     floating,
-    may_share,
     real,
     same_layout,
     truth,
@@ -399,8 +398,9 @@ def _prepare(
     if out is None:
         return empty_like(x), res, signs, False
     check_out(out, x.shape, x.dtype)
-    y = out if writable_in_place(out, xv, (x, *others)) else empty_like(x)
-    return y, res, signs, may_share(out, x)
+    overwritten = np.may_share_memory(out, x)
+    y = out if writable_in_place(out, xv, (x, *others) if overwritten else others) else empty_like(x)
+    return y, res, signs, overwritten
 
 
 def _delivered(y: Array, out: Array | None) -> Array:

@@ -31,7 +31,7 @@ def kernel(
     running_var: NDArray[Any] | None,
     norm: NDArray[Any],
     grads: NDArray[Any] | None,
-    part: NDArray[Any],
+    part: NDArray[Any] | None,
 ) -> None: ...
 def image_sums(
     dtype: int,

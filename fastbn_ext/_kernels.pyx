@@ -11,6 +11,7 @@ from libc.stdint cimport uint16_t
 
 cdef extern from "dispatch.h" nogil:
     enum: FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS
+    enum: ROOM
     enum: NUM_INSTRUCTION_SETS
     const char *instruction_sets[]
     ctypedef struct Job:
@@ -122,7 +123,8 @@ def kernel(
     job.weight, job.bias, job.running_mean, job.running_var = data(weight), data(bias), data(running_mean), data(running_var)
     job.stats, job.grads = <double *>data(norm), <double *>data(grads)
     job.affine = job.stats + 3 * job.channels
-    job.part = <double *>data(part)
+    cdef double room[ROOM]
+    job.part = &room[0] if part is None else <double *>data(part)
     job.coef = job.part + 2 * (job.blocks + 1) * (job.columns or job.channels)
     job.streaming = job.streaming and can_stream(&job)
     cdef const Kernels *kernels = kernels_of(instruction_set, x.itemsize)

@@ -18,6 +18,7 @@ enum { OUTPUT, GRADIENT, RESIDUAL };                              /* what is wri
 enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STREAMS }; /* row nest */
 enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
+enum { ROOM = 2048 };                                                          /* values of `part` on the stack */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */

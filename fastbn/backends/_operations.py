@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn._channels import Parameters
+from fastbn._engine import get_num_threads
 from fastbn.backends import _images, _plan, numpy_
-from fastbn.backends._plan import cut
+from fastbn.backends._plan import ROOM, cut
 
 Array = NDArray[Any]
 
@@ -27,8 +28,8 @@ class Operations:
     ----------
     kernel_of : callable
         The kernel for arrays of a dtype.
-    threads : callable
-        On how many threads to compute.
+    most_threads : callable
+        How many threads there can be at most.
     lanes : callable
         Number of values in a vector, from the size of one in bytes.
     image_kernel_of : callable
@@ -38,26 +39,27 @@ class Operations:
     def __init__(
         self,
         kernel_of: Callable[[np.dtype[Any]], Callable[..., None]],
-        threads: Callable[[], int],
+        most_threads: Callable[[], int],
         lanes: Callable[[int], int],
         image_kernel_of: Callable[[np.dtype[Any]], Callable[..., None] | None],
     ) -> None:
         self._kernel_of = kernel_of
-        self._threads = threads
+        self._most_threads = most_threads
         self._lanes = lanes
         self._image_kernel_of = image_kernel_of
         self._prepared = lru_cache(4096)(self._prepare)
 
     def _ready(
         self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None
-    ) -> tuple[Callable[..., None], Array, int]:
-        """Kernel and plan for x and so many arrays like it, and how many float64 values of room they need."""
-        return self._prepared(x.dtype, n, c, s, arrays, self._threads(), signs is not None)
+    ) -> tuple[Callable[..., None], Array, Array | None]:
+        """Kernel, plan and room for x and so many arrays like it."""
+        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None)
+        return kernel, plan, np.empty(room) if room > ROOM else None
 
     def _prepare(
         self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool
     ) -> tuple[Callable[..., None], Array, int]:
-        plan, room = cut(n, c, s, dtype.itemsize, arrays, threads, signs)
+        plan, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs)
         return self._kernel_of(dtype), plan, room
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
@@ -69,11 +71,11 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        kernel, plan, room = self._ready(x, n, c, s, 1)
+        kernel, plan, part = self._ready(x, n, c, s, 1)
         stats = np.empty((2, c))
         kernel(
             False, True, False, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
-            None, None, None, None, stats, None, np.empty(room),
+            None, None, None, None, stats, None, part,
         )  # fmt: skip
         mean[:], m2[:] = stats
         rest[:] = 0.0
@@ -83,7 +85,7 @@ class Operations:
         if kernel is None:
             numpy_.moments(x, n, c, s, mean, rest, m2)
             return
-        how = _images.cut(n, c, s, x.itemsize, self._threads())
+        how = _images.cut(n, c, s, x.itemsize, min(get_num_threads(), self._most_threads()))
         part = _images.room(how, x.dtype)
         kernel(*how, x, part)
         _images.finish(part, how, n, c, s, mean, rest, m2)
@@ -108,10 +110,10 @@ class Operations:
         weight, bias, mean, var, wide = parameters
         if training and factor is None:
             mean = var = None
-        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
             False, training, True, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
-            weight, bias, mean, var, norm, None, np.empty(room),
+            weight, bias, mean, var, norm, None, part,
         )  # fmt: skip
 
     def transform(
@@ -127,10 +129,10 @@ class Operations:
         signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        kernel, plan, room = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
             False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
-            None, None, None, None, norm, None, np.empty(room),
+            None, None, None, None, norm, None, part,
         )  # fmt: skip
 
     def backward(
@@ -150,11 +152,11 @@ class Operations:
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        kernel, plan, room = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
         grads = np.empty((4, c))
         kernel(
             True, True, True, plan, training, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
-            None, None, None, None, norm, grads, np.empty(room),
+            None, None, None, None, norm, grads, part,
         )  # fmt: skip
         dweight[:] = grads[0]
         dbias[:] = grads[1]
@@ -172,10 +174,10 @@ class Operations:
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        kernel, plan, room = self._ready(x, n, c, s, 2, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 2, signs)
         kernel(
             True, True, False, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
-            None, None, None, None, norm, sums, np.empty(room),
+            None, None, None, None, norm, sums, part,
         )  # fmt: skip
 
     def gradient_apply(
@@ -193,8 +195,8 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        kernel, plan, room = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
         kernel(
             True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
-            None, None, None, None, norm, grads, np.empty(room),
+            None, None, None, None, norm, grads, part,
         )  # fmt: skip

@@ -50,7 +50,6 @@ from numba import config, njit, prange, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.numpy_support import from_dtype
 
-from fastbn import _engine
 from fastbn._arrays import FLOATS
 from fastbn.backends import _buffers, _compiler, _job, _plan, _vectors
 from fastbn.backends._buffers import Buffer, entry_of
@@ -58,7 +57,7 @@ from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
 from fastbn.backends._compiler import apart, loop, parts_of, point
 from fastbn.backends._job import ARGUMENTS, Job, copy_of, make_job
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, ROW, SLAB, STREAMS, Plan
+from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, ROOM, ROW, SLAB, STREAMS, Plan
 from fastbn.backends._vectors import (
     ahead_of,
     alias,
@@ -1090,7 +1089,9 @@ def _kernel(
         weight, bias, running_mean, running_var, norm, grads, part,
     ))  # fmt: skip
     job.affine = ahead_of(job.stats, 3 * job.channels)
-    job.coef = seen_as(ahead_of(part, 2 * (job.blocks + 1) * (job.columns or job.channels)), x)
+    if not present(job.part):
+        job.part = scratch(job.part, ROOM)
+    job.coef = seen_as(ahead_of(job.part, 2 * (job.blocks + 1) * (job.columns or job.channels)), x)
     job.streaming = job.streaming and can_stream(job)
     columns, threads = job.columns, job.threads
     last = columns and job.rows * columns < job.n * job.channels * job.s
@@ -1204,10 +1205,6 @@ def _most_threads() -> int:
     return int(config.NUMBA_NUM_THREADS)
 
 
-def _threads() -> int:
-    return min(_engine.get_num_threads(), _most_threads())
-
-
 def warmup() -> None:
     """Compile every kernel, or load it from the compile cache."""
     for dtype in FLOATS:
@@ -1220,7 +1217,7 @@ def _image_kernel_of(dtype: np.dtype[Any]) -> Any:
     return _numba_images.kernel_of(dtype)
 
 
-_operations = Operations(_compiled, _threads, lambda _: LANES, _image_kernel_of)
+_operations = Operations(_compiled, _most_threads, lambda _: LANES, _image_kernel_of)
 sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,
