@@ -162,7 +162,9 @@ def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, 
 
 def test_all_that_kernels_are_made_of_is_looked_at():
     """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
-    around = ("fastbn._engine", "fastbn.backends._cache", "fastbn.backends._operations")
+    around = tuple(
+        f"fastbn.{name}" for name in ("_engine", "backends._cache", "backends._operations", "backends._parts")
+    )
     own = {_vectors, _compiler, _buffers, _job, _plan, numba_}
     for module in own:
         for name, value in vars(module).items():

@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -28,10 +28,10 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
+from fastbn.backends._parts import Parts
+
 KEPT = 8  # files of a kernel, the newest: one for each CPU of a home on the network, none for every version there was
 _CHECKSUM = 32  # bytes
-
-_loaded: list[Any] = []  # parts of kernels, which go with the last reference to them
 
 # Numba's settings that change what it compiles.
 _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "DISABLE_INTEL_SVML")
@@ -84,10 +84,10 @@ class Cache:
 
     cache_path = None  # that Numba's own statistics would show
 
-    def __init__(self, name: str, source: str, parts: Callable[[], Sequence[Any]]) -> None:
+    def __init__(self, name: str, source: str, parts: Parts) -> None:
         self._name = name
         self._source = source
-        self._parts = parts  # libraries that the kernel needs, in the order in which to load them
+        self._parts = parts
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         """The compiled kernel, or None."""
@@ -98,20 +98,23 @@ class Cache:
                 data = content[_CHECKSUM:]
                 if hashlib.sha256(data).digest() == content[:_CHECKSUM]:
                     parts, kernel = pickle.loads(data)  # noqa: S301  # as trusted as code
-                    _loaded.extend(target.codegen().unserialize_library(part) for part in parts)
+                    self._parts.load(parts)
                     return CompileResult._rebuild(target, *kernel)
             except Exception:  # noqa: BLE001, S112  # of another version, or damaged in a way nobody foresaw
                 continue
+        self._parts.begin()
         return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Put the compiled kernel on disk, where that is possible."""
         try:
             folder = writable_folder()
-            parts = self._parts()
-            if folder is None or any(library.has_dynamic_globals for library in (*parts, compiled.library)):
+            if folder is None or compiled.library.has_dynamic_globals:
                 return
-            data = dumps(([part.serialize_using_object_code() for part in parts], compiled._reduce()))
+            parts = self._parts.packed()
+            if parts is None:
+                return
+            data = dumps((parts, compiled._reduce()))
             path = folder / self._file(signature, compiled.codegen)
             unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
             try:
@@ -126,7 +129,12 @@ class Cache:
             pass
 
     def _file(self, signature: Any, codegen: Any) -> str:
-        settings = [getattr(config, name, None) for name in _SETTINGS]
-        versions = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
-        key = repr((versions, settings, str(signature), codegen.magic_tuple(), self._source))
-        return f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.fastbn"
+        return file_name(self._name, signature, codegen, self._source)
+
+
+def file_name(name: str, signature: Any, codegen: Any, source: str) -> str:
+    """A file's name: it says all that the machine code in it follows from."""
+    settings = [getattr(config, name, None) for name in _SETTINGS]
+    versions = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
+    key = repr((versions, settings, str(signature), codegen.magic_tuple(), source))
+    return f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.fastbn"

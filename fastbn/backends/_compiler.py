@@ -1,10 +1,11 @@
 """Functions of kernels: inlined where they are called, or compiled apart. All of it is for the compiler's time.
 
 Numba makes machine code of every function, and takes a copy of it into each that calls it, where it is optimised and
-translated anew. Here what is only ever inlined is never made machine code by itself, and what is compiled `apart` is
-called by its symbol and translated once. The kernel took 21 seconds of a core when all was linked, and 14 with large
-functions apart. Then a fifth less when points became fragments and functions were no longer rewritten, for arrays and
-constants that they do not have; and a tenth less with one pass of optimisation instead of three.
+translated anew. Here a `point` is only ever inlined and never made machine code by itself; a `part` is translated once
+and called through its kernel's table of addresses, as in C through `Kernels`, so that parts can be compiled in any
+order and by several processes (`_parts`). The kernel took 21 seconds of a core when all was linked, 14 with large
+functions apart, a fifth less when points became fragments and functions were no longer rewritten, for arrays and
+constants that they do not have, and a tenth less with one pass of optimisation instead of three.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import functools
 from typing import Any
 
 from numba import njit
-from numba.core import cgutils, types
 from numba.core.codegen import CPUCodegen, JITCodeLibrary
 from numba.core.compiler import Compiler
-from numba.extending import intrinsic
 
 
 class _Apart(JITCodeLibrary):
@@ -86,28 +85,15 @@ _function = functools.partial(
 loop = _function(forceinline=False, **_into(_Apart))
 point = _function(forceinline=True, **_into(_Fragment))
 
-_parts: dict[Any, list[Any]] = {}
+PARTS: list[tuple[Any, tuple[Any, ...]]] = []  # functions, and the types of their arguments behind the job
 
 
-def parts_of(job):
-    """Libraries of all functions compiled `apart` for jobs of a type, each behind those that it calls."""
-    return tuple(_parts.get(job, ()))
+def part(*kinds):
+    """A function of a job and of arguments of these types, called `apart`: through the kernel's table of addresses."""
 
+    def register(python):
+        function = loop(python)
+        PARTS.append((function, kinds))
+        return function
 
-@intrinsic
-def apart(typing, function, arguments):
-    """``function(*arguments)``, the first of them a job, compiled apart: it has to be loaded before its caller is."""
-    kinds = tuple(types.unliteral(kind) for kind in arguments)
-    function.dispatcher.compile(kinds)
-    compiled = function.dispatcher.overloads[kinds]
-    called, parts = compiled.fndesc, _parts.setdefault(kinds[0], [])
-    if compiled.library not in parts:
-        parts.append(compiled.library)
-
-    def build(context, builder, signature, args):
-        values = cgutils.unpack_tuple(builder, args[1])
-        values = [context.cast(builder, *each) for each in zip(values, arguments, kinds, strict=True)]
-        declared = context.declare_function(builder.module, called)
-        return context.call_conv.call_function(builder, declared, called.restype, called.argtypes, values)[1]
-
-    return called.restype(function, arguments), build
+    return register

@@ -19,6 +19,7 @@ from numba.extending import (
     register_model,
 )
 
+from fastbn.backends._compiler import PARTS
 from fastbn.backends._plan import Plan
 
 _I32 = ir.IntType(32)
@@ -29,9 +30,9 @@ _VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtyp
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # of float64 if `wide`, else of float32
 _DOUBLES = ("stats", "grads", "part", "affine")
 
-# What a kernel is called with, behind the plan; `affine` lies behind the statistics, `coef` behind the parts.
-ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1])
-FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef")
+# What a kernel is called with, behind the plan, and its table of `PARTS`.
+ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1], "table")
+FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef")  # the last lie behind the statistics, and behind `part`
 
 
 def kinds_of(real):
@@ -46,6 +47,7 @@ def kinds_of(real):
         "signs": types.CPointer(types.uint16),
         **dict.fromkeys(_PARAMETERS, types.CPointer(types.float32)),
         **dict.fromkeys(_DOUBLES, types.CPointer(types.float64)),
+        "table": types.CPointer(types.intp),
     }
 
 
@@ -82,6 +84,25 @@ def _field(context, builder, job, value, name):
 def _set_field(context, builder, signature, args, name):
     job, value = args
     builder.store(value, builder.gep(job, [_I32(0), _I32(FIELDS.index(name))]))
+
+
+@intrinsic
+def apart(typing, function, arguments):
+    """``function(*arguments)`` for one of the `PARTS`, the first of its arguments a job."""
+    (place,) = (i for i, (known, _) in enumerate(PARTS) if known is function.dispatcher)
+    job, kinds = arguments[0], (arguments[0], *PARTS[place][1])
+
+    def build(context, builder, signature, args):
+        values = cgutils.unpack_tuple(builder, args[1])
+        values = [context.cast(builder, *each) for each in zip(values, arguments, kinds, strict=True)]
+        address = builder.load(builder.gep(_field(context, builder, job, values[0], "table"), [_I32(place)]))
+        kind = context.call_conv.get_function_type(types.none, kinds)
+        result, error = (cgutils.alloca_once(builder, pointer.pointee) for pointer in kind.args[:2])
+        given = context.get_arg_packer(kinds).as_arguments(builder, values)
+        builder.call(builder.inttoptr(address, kind.as_pointer()), [result, error, *given])
+        return context.get_dummy_value()
+
+    return types.void(function, arguments), build
 
 
 @intrinsic

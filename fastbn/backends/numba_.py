@@ -22,7 +22,7 @@ G. Several rows are read at a time: one stream after the other leaves memory idl
    rows of columns it is `COLUMN_STREAMS`, far apart, and prefetching only costs (56x56x64 channels last, statistics:
    0.7 copies in one stream, 0.53 in eight; sums of gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
-   compiler, one kernel serves all operations, its arguments are a `Job`, and its parts are compiled `apart`.
+   compiler, one kernel serves all operations, its arguments are a `Job`, and each `part` is compiled by itself.
 I. A run's output goes backwards, row by row, after its reduction: what was read last is still in the nearest cache.
    Split work goes forward: what the third-level cache might still have gains less than order does (65536x256, training:
    backwards 2.2 copies, forward 1.85; backward pass: 3.7 and 3.3).
@@ -48,15 +48,17 @@ import numba
 import numpy as np
 from numba import config, njit, prange, types
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 from numba.np.numpy_support import from_dtype
 
 from fastbn._arrays import FLOATS
 from fastbn.backends import _buffers, _compiler, _job, _plan, _vectors
 from fastbn.backends._buffers import Buffer, entry_of
-from fastbn.backends._cache import Cache, digest_of, folders, writable_folder
-from fastbn.backends._compiler import apart, loop, parts_of, point
-from fastbn.backends._job import ARGUMENTS, Job, copy_of, make_job
+from fastbn.backends._cache import Cache, digest_of, file_name, folders, writable_folder
+from fastbn.backends._compiler import PARTS, loop, part, point
+from fastbn.backends._job import ARGUMENTS, Job, apart, copy_of, make_job
 from fastbn.backends._operations import Operations
+from fastbn.backends._parts import Parts
 from fastbn.backends._plan import AHEAD, BLOCK, LANES, LONGEST_FOLD, PIECE, ROOM, ROW, SLAB, STREAMS, Plan
 from fastbn.backends._vectors import (
     ahead_of,
@@ -111,6 +113,7 @@ PLAIN, RELU, ANY = map(np.intp, range(3))
 CHANNELS, COLUMNS = map(np.intp, range(2))
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = map(np.intp, range(5))
+INDEX, FLAG = types.intp, types.boolean  # arguments of parts
 ZERO = np.intp(0)  # as an argument: functions are compiled once more for a literal one
 
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
@@ -191,10 +194,9 @@ def update_running(job, c, mean, var):
     set_parameter(job, job.running_var, c, (1.0 - factor) * var_before + factor * var)
 
 
-@loop
+@part()
 def fold(job):
     """Inference: `stats` and `affine` from the running statistics; the center is 0."""
-    noinline()
     affine, channels = job.affine, job.channels
     for c in range(channels):
         mean = parameter(job, job.running_mean, c, 0.0)
@@ -502,10 +504,9 @@ def sum_run(add, job, c0, c1, b, around, sums1, sums2):
         row += STREAMS if bundle else 1
 
 
-@loop
+@part(INDEX, INDEX, INDEX)
 def block_moments(job, c0, c1, b):
     """Mean and m2 of block b of a run of channels, into `part` (design, C and G)."""
-    noinline()
     first, rows, column, length = block_to_reduce(job, b)
     start, part = slab_of(job, c0, first)[0] + column, ahead_of(job.part, 2 * b * job.channels + c0)
     s1, s2, shifts = scratch(part, SUMS), scratch(part, SUMS), scratch(job.coef, MOST_CHANNELS)
@@ -517,10 +518,9 @@ def block_moments(job, c0, c1, b):
         part[q], part[q + job.channels] = moments_of(np.float64(shifts[q]), rows * length, sums[0], sums[1])
 
 
-@loop
+@part(INDEX, INDEX, INDEX)
 def block_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`."""
-    noinline()
     part, mean = ahead_of(job.part, 2 * b * job.channels + c0), ahead_of(job.coef, MEAN * job.channels + c0)
     dys, dots = scratch(part, SUMS), scratch(part, SUMS)
     sum_run(row_gradients, job, c0, c1, b, mean, dys, dots)
@@ -565,10 +565,9 @@ def bundle_at(b, rows, streams):
     return whole * streams, 1, rows - whole * streams
 
 
-@loop
+@point
 def sum_moments(job, at, stride, rows, width, shift, s1, s2):
     """Sums of x - shift and of its square for every column."""
-    noinline()
     x, zero, one = job.x, splat(0.0), ones()
     for b in range(bundles_of(rows, COLUMN_STREAMS)):
         first, distance, streams = bundle_at(b, rows, COLUMN_STREAMS)
@@ -589,10 +588,9 @@ def sum_moments(job, at, stride, rows, width, shift, s1, s2):
     settle(s2, width)
 
 
-@loop
+@point
 def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2):
     """Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`."""
-    noinline()
     x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
     again = alias(x)  # values become float64 as they are loaded (design, J)
     for b in range(bundles_of(rows, COLUMN_STREAMS // 2)):
@@ -760,13 +758,12 @@ def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, a
         word += words
 
 
-@loop
+@part(INDEX, INDEX, INDEX, INDEX, INDEX, INDEX, FLAG, FLAG)
 def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
     """Output, or dx and dresidual, of a block of channels c0 to c1.
 
     After their reduction from the last row to the first (design, I).
     """
-    noinline()
     first, on, ahead = (first + rows - 1, -1, 0) if fused else (first, 1, job.ahead)
     at, stride, word, words = slab_of(job, c0, first)
     at, word, width, coef = at + column, word + column // LANES, (c1 - c0) * length, ahead_of(job.coef, c0)
@@ -813,10 +810,9 @@ def shifts_of(job, row, j0, width, shifts):
         shifts[j] = shifts[j - pixel]
 
 
-@loop
+@part(INDEX)
 def column_moments(job, t):
     """Sums of x - shift and of its square for every column of a chunk, into `part` (blocks, 2, columns)."""
-    noinline()
     first, rows, j0, width, part = chunk_of(job, t)
     columns, at = job.columns, first * job.columns + j0
     s1, s2, shifts = scratch(part, WIDEST), scratch(part, WIDEST), scratch(job.x, WIDEST)
@@ -824,20 +820,19 @@ def column_moments(job, t):
         shifts = ahead_of(job.x, at)
     else:
         shifts_of(job, ahead_of(job.x, at - j0), j0, width, shifts)
-    apart(sum_moments, (job, at, columns, rows, width, shifts, s1, s2))
+    sum_moments(job, at, columns, rows, width, shifts, s1, s2)
     for j in range(width):
         part[j], part[j + columns] = s1[j], s2[j]
 
 
-@loop
+@part(INDEX)
 def column_gradients(job, t):
     """Sums of gated dy and of dy * (x - MEAN) of every column of a chunk, into `part` (blocks, 2, columns)."""
-    noinline()
     first, rows, j0, width, part = chunk_of(job, t)
     columns, words = job.columns, (job.columns + LANES - 1) // LANES
     at, word, coef = first * columns + j0, first * words + j0 // LANES, ahead_of(job.coef, j0)
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    apart(sum_gradients, (job, at, columns, rows, width, coef, columns, word, words, s1, s2))
+    sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2)
     for j in range(width):
         part[j], part[j + columns] = s1[j], s2[j]
 
@@ -848,10 +843,9 @@ def group_of(columns):
     return max(1, GROUP // columns)
 
 
-@loop
+@part(INDEX, FLAG)
 def apply_group(job, t, backward):
     """Output, or dx and dresidual, of the t-th group of rows."""
-    noinline()
     columns, first = job.columns, t * group_of(job.columns)
     rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
     at, word = first * columns, first * words
@@ -900,10 +894,9 @@ def size_of(job, b):
     return height * length
 
 
-@loop
+@part(INDEX, FLAG, FLAG)
 def finish_channel(job, c, backward, apply):
     """The parts of channel c together, in order, and what follows from them if output is wanted."""
-    noinline()
     channels, columns, s = job.channels, job.columns, job.s
     rest = job.n * channels * s - job.rows * columns if columns else 0
     count, first, second = np.intp(0), 0.0, 0.0  # mean and m2, or sums of dy and dy * (x - MEAN)
@@ -956,10 +949,9 @@ def run_at_once(job, t, backward):
         apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))
 
 
-@loop
+@part(FLAG, INDEX, INDEX)
 def task(job, backward, phase, t):
     """Task t of a phase."""
-    noinline()
     if phase == FUSED:
         run_at_once(job, t, backward)
     elif phase == REDUCE:
@@ -998,10 +990,9 @@ def tasks_of(job, phase):
 # --- between phases -------------------------------------------------------------------------------------------------
 
 
-@loop
+@part(FLAG, INDEX)
 def prepare(job, backward, phase):
     """What comes before a phase: coefficients for every channel or, repeated as the channels are, every column."""
-    noinline()
     width, length = (job.columns, job.s) if job.columns else (job.channels, 1)
     apply, pixel = phase in (APPLY, APPLY_COLUMNS), job.channels * length
     for c in range(job.channels):
@@ -1044,10 +1035,9 @@ def unpadded(job, row, values):
         values[begin + j] = row[j]
 
 
-@loop
+@part(FLAG, INDEX)
 def last_row(job, backward, phase):
     """A phase of the column nest for the values that fill no row: a job of one row, and its parts are the last."""
-    noinline()
     row, columns, coef = copy_of(job), job.columns, job.coef
     row.rows, row.block, row.streaming = 1, 1, False
     row.part = ahead_of(job.part, 2 * job.blocks * columns)
@@ -1076,7 +1066,7 @@ def last_row(job, backward, phase):
 
 
 def _kernel(
-    backward, reduce, apply, plan, training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
+    table, backward, reduce, apply, plan, training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
     weight, bias, running_mean, running_var, norm, grads, part,
 ):  # fmt: skip
     """Reduction (statistics, or sums of gradients) and output, or one of them.
@@ -1086,7 +1076,7 @@ def _kernel(
     """
     job = make_job(plan, (
         training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
-        weight, bias, running_mean, running_var, norm, grads, part,
+        weight, bias, running_mean, running_var, norm, grads, part, table,
     ))  # fmt: skip
     job.affine = ahead_of(job.stats, 3 * job.channels)
     if not present(job.part):
@@ -1096,9 +1086,9 @@ def _kernel(
     columns, threads = job.columns, job.threads
     last = columns and job.rows * columns < job.n * job.channels * job.s
     if backward and not reduce:
-        prepare(job, backward, REDUCE)  # for the output too
+        apart(prepare, (job, backward, REDUCE))  # for the output too
     if not reduce and present(job.running_mean):
-        fold(job)
+        apart(fold, (job,))
     once = reduce and apply and not job.split
     for step in range(0 if reduce else 1, 2 if apply and not once else 1):
         if step == 0:
@@ -1106,7 +1096,7 @@ def _kernel(
         else:
             phase = APPLY_COLUMNS if columns else APPLY
         if backward or step:
-            prepare(job, backward, phase)
+            apart(prepare, (job, backward, phase))
         tasks = tasks_of(job, phase)
         if threads == 1:
             for t in range(tasks):
@@ -1117,7 +1107,7 @@ def _kernel(
                 apart(task, (job, backward, phase, np.intp(t)))
             team(before)
         if last:
-            last_row(job, backward, phase)
+            apart(last_row, (job, backward, phase))
         if step == 0 and not once:
             for c in range(job.channels):
                 apart(finish_channel, (job, np.intp(c), backward, apply))
@@ -1128,7 +1118,7 @@ def _kernel(
 # All that kernels are compiled from.
 _SOURCE = digest_of((sys.modules[__name__], _vectors, _compiler, _buffers, _job, _plan))
 _THREADS = Plan._fields.index("threads")
-_functions: list[Any] = []  # whose compiled forms are called: they go with the last reference to them
+_kept: list[Any] = []  # functions and parts whose machine code is called: it goes with the last reference to them
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
 
 if hasattr(os, "register_at_fork"):  # a child of a thread that compiles would wait for ever for the lock
@@ -1149,22 +1139,41 @@ def _compiled(real: np.dtype[Any]) -> Any:
 @functools.cache
 def _compiled_once(real: np.dtype[Any]) -> Any:
     kinds = _job.kinds_of(from_dtype(real))
-    arguments = (Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS))
-    steps = (types.boolean,) * 3
-    signature = types.void(*steps, Buffer(types.intp), *arguments)
-    function = prepared(
-        _kernel, f"kernel-{real}", _SOURCE, signature, functools.partial(parts_of, Job(from_dtype(real))), parallel=True
+    arguments = [Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS)]
+    signature = types.void(arguments.pop(), FLAG, FLAG, FLAG, Buffer(types.intp), *arguments)
+    with _parts_of(real) as parts:
+        function = prepared(_kernel, f"kernel-{real}", _SOURCE, signature, parts, parallel=True)
+        parts.finish()
+    _kept.append(parts)
+    return functools.partial(one_at_a_time(function, lambda arguments: arguments[4][_THREADS]), parts.table)
+
+
+def _parts_of(real: np.dtype[Any]) -> Parts:
+    job = Job(from_dtype(real))
+    functions = [(function, (job, *kinds)) for function, kinds in PARTS]
+    return Parts(
+        functions, lambda folder: f"import {__name__} as n; n.help_with({real.name!r}, {folder!r}, {_key()!r})"
     )
-    return one_at_a_time(function, lambda arguments: arguments[3][_THREADS])
+
+
+def _key() -> str:
+    """What all that is compiled follows from."""
+    return file_name("part", "", cpu_target.target_context.codegen(), str(_SOURCE))
+
+
+def help_with(dtype: str, folder: str, key: str) -> None:
+    """Compile parts of a kernel for another process, whose `_key` is this."""
+    if key == _key():
+        _parts_of(np.dtype(dtype)).help_with(folder)
 
 
 def prepared(
-    python: Any, name: str, source: str | None, signature: Any, parts: Any = tuple, *, parallel: bool = False
+    python: Any, name: str, source: str | None, signature: Any, parts: Parts | None = None, *, parallel: bool = False
 ) -> Any:
-    """A Numba function with one signature, and the `parts` that it calls, compiled or loaded."""
+    """A Numba function with one signature, compiled or loaded, and with it the `parts` that it calls."""
     function = njit(nogil=True, error_model="numpy", parallel=parallel)(python)
     if source is not None:
-        function._cache = Cache(name, source, parts)
+        function._cache = Cache(name, source, parts or Parts())
     try:
         function.compile(signature)
     except ValueError as error:
@@ -1180,7 +1189,7 @@ def one_at_a_time(function: Any, threads_of: Callable[[tuple[Any, ...]], int]) -
 
     That is on the layer `workqueue`. Loops of other packages cannot be held up there, nor held off.
     """
-    _functions.append(function)
+    _kept.append(function)
     kernel = entry_of(function)
     if _layer() != "workqueue":
         return kernel
