@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 
 from fastbn._engine import usable_cpus
 
-MOST = 4  # processes at once: the largest part takes a fifth of the time
+MOST = 3  # processes at once: each takes 200 MB meanwhile, and the largest part a fifth of the time
 PATIENCE = 60.0  # seconds to wait for another process when there is nothing else to do
 
 Packed = tuple[str, Any]  # a function's symbol, and the library that it is in, as other processes can load them
@@ -66,7 +66,7 @@ class Parts:
         """Let other processes begin to compile, if there can be any."""
         program = Path(sys.executable or "")
         if getattr(sys, "frozen", False) or not program.stem.startswith("python"):
-            return  # another program, that has Python in it
+            return  # another program, which has Python in it
         try:
             for _ in range(min(usable_cpus(), MOST) - 1 if self._functions else 0):
                 if self._folder is None:
