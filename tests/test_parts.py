@@ -22,7 +22,7 @@ DOUBLES = types.CPointer(types.float64)
 CALLED = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double))
 HERE = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_parts as t; "
 HELPS = HERE + "t.some().help_with({!r})"
-TAKES = "from pathlib import Path; [Path({!r}, str(i) + '.taken').touch() for i in range(3)]; "
+TAKES = "from pathlib import Path; [Path({0!r}, str(i) + '.taken').touch() for i in range(3)]; "
 
 
 def some(helper: str = "") -> Parts:
@@ -90,6 +90,7 @@ def test_each_part_is_compiled_by_one_process():
 HELPERS = {
     "fails": "raise SystemExit(1)",
     "takes parts and fails": TAKES + "raise SystemExit(1)",
+    "takes parts and writes what is none": TAKES + "Path({0!r}, '0.part').write_bytes(b'(garbage')",
     "takes parts and hangs": TAKES + "import time; time.sleep(600)",
     "loses the folder": "import shutil; shutil.rmtree({!r})",
 }

@@ -29,7 +29,7 @@ class Operations:
     kernel_of : callable
         The kernel for arrays of a dtype.
     most_threads : callable
-        How many threads there can be at most.
+        How many threads the kernels can use, whatever is set.
     lanes : callable
         Number of values in a vector, from the size of one in bytes.
     image_kernel_of : callable

@@ -129,8 +129,8 @@ class Parts:
         function.compile(kinds)
         compiled = function.overloads[kinds]
         name, library = compiled.fndesc.llvm_func_name, compiled.library
-        self._made[number] = None if library.has_dynamic_globals else (name, library.serialize_using_object_code())
-        self._keep(number, name, library)
+        packed = None if library.has_dynamic_globals else (name, library.serialize_using_object_code())
+        self._keep(number, packed, name, library)
 
     def _receive(self, number: int) -> bool:
         """Whether another process has compiled a part for this one."""
@@ -138,20 +138,19 @@ class Parts:
             return False
         try:
             packed = pickle.loads((self._folder / f"{number}.part").read_bytes())  # noqa: S301  # from our own process
-        except OSError:  # that has failed
-            return False
-        if packed:
             self._load(number, packed)
-        return bool(packed)
+        except Exception:  # noqa: BLE001  # that has failed, in whatever way
+            return False
+        return True
 
     def _load(self, number: int, packed: Packed) -> None:
         name, library = packed
-        self._made[number] = packed
-        self._keep(number, name, cpu_target.target_context.codegen().unserialize_library(library))
+        self._keep(number, packed, name, cpu_target.target_context.codegen().unserialize_library(library))
 
-    def _keep(self, number: int, name: str, library: Any) -> None:
-        self._libraries.append(library)
+    def _keep(self, number: int, packed: Packed | None, name: str, library: Any) -> None:
         self.table[number] = library.get_pointer_to_function(name)
+        self._libraries.append(library)
+        self._made[number] = packed
 
 
 class _Helper(subprocess.Popen[bytes]):

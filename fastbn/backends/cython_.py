@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn._arrays import FLOATS
-from fastbn._engine import usable_cpus
 from fastbn.backends import _images
 from fastbn.backends._operations import Operations
 from fastbn_ext import _kernels
@@ -30,7 +30,7 @@ def _image_kernel_of(dtype: np.dtype[Any]) -> Callable[..., None]:
     return functools.partial(_kernels.image_sums, IMAGE_DTYPES.index(dtype))
 
 
-_operations = Operations(lambda _: _kernels.kernel, usable_cpus, _kernels.lanes, _image_kernel_of)
+_operations = Operations(lambda _: _kernels.kernel, lambda: sys.maxsize, _kernels.lanes, _image_kernel_of)
 sign_words, moments, forward, transform = (
     _operations.sign_words,
     _operations.moments,

@@ -1139,8 +1139,9 @@ def _compiled(real: np.dtype[Any]) -> Any:
 @functools.cache
 def _compiled_once(real: np.dtype[Any]) -> Any:
     kinds = _job.kinds_of(from_dtype(real))
-    arguments = [Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS)]
-    signature = types.void(arguments.pop(), FLAG, FLAG, FLAG, Buffer(types.intp), *arguments)
+    given = (Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS))
+    *arguments, table = given
+    signature = types.void(table, FLAG, FLAG, FLAG, Buffer(types.intp), *arguments)
     with _parts_of(real) as parts:
         function = prepared(_kernel, f"kernel-{real}", _SOURCE, signature, parts, parallel=True)
         parts.finish()
