@@ -58,9 +58,10 @@ MUTATIONS = (
         NUMBA,
         "sum1, sum2 = add(job, c0 + q, begin, single,",
         "add(job, c0 + q, begin, single,",
-        "rows left over by four",
+        "what is left of a row's quarters",
         ("tests/test_functional.py",),
     ),
+    Mutation(NUMBA, "else (each, each // LANES)", "else (each, words)", "signs of a row's quarters", FUSED),
     Mutation(
         NUMBA,
         "joined(coefs, following, edge - i)",
@@ -102,6 +103,8 @@ MUTATIONS = (
         BACKWARD,
     ),
     Mutation(C, "NAME(joined)(k, next, edge - i)", "k", "a vector that two channels share", FORWARD),
+    Mutation(C, "ADD(1, STREAMS * each", "ADD(1, 0", "what is left of a row's quarters", FORWARD),
+    Mutation(C, "slab.words : each / LANES", "slab.words : 0", "signs of a row's quarters", FUSED),
     Mutation(C, "*sign = bits >> again", "*sign = bits", "signs of a vector that overlaps", FUSED),
     Mutation(C, "(uint32_t)sign[word + 1] << LANES", "0u", "signs of a vector that begins within a word", FUSED),
     Mutation(

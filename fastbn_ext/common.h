@@ -83,6 +83,9 @@ point Block block_to_reduce(const Job *job, Index b) {
     return block_of(b, job->n, s, height, PIECE);
 }
 
+/* A row that no others are left to be read with has a stream in each quarter, which is of whole vectors. */
+point Index quarter_of(Index length) { return length / STREAMS / MOST_LANES * MOST_LANES; }
+
 /* How far away value i of a row of block k, of the q-th channel of a run, has what is AHEAD of it, where rows are read
    STREAMS at a time from `row` on: AHEAD where i < turn, and `after` elsewhere. Behind the last channel it is in the next
    rows. */

@@ -18,7 +18,8 @@ F. Streamed output goes in whole lines; what lies before the first and behind th
    reads and writes no longer overlap.
 G. Several rows are read at a time: one stream after the other leaves memory idle. Of channels it is `STREAMS`, whose
    sums stay in registers, and what is `AHEAD` of them is prefetched (32x256x56x56, Zen 3, statistics: 0.79 copies in
-   one stream, 0.60 in four; sums of gradients: 1.56 and 1.17; in cache too: 8x64x56x56, training: 5.5 to 4.6 ns). Of
+   one stream, 0.60 in four; sums of gradients: 1.56 and 1.17; in cache too: 8x64x56x56, training: 5.5 to 4.6 ns). A
+   row that is left over is four streams by itself (1x64x56x56, training: 6.1 to 5.0, backward 7.6 to 7.0 ns). Of
    rows of columns it is `COLUMN_STREAMS`, far apart, and prefetching only costs (56x56x64 channels last, statistics:
    0.7 copies in one stream, 0.53 in eight; sums of gradients: 1.5 and 1.05).
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
@@ -370,6 +371,12 @@ def gathered_mask(signs, word, words, streams, bit):
 
 
 @point
+def quarter_of(length):
+    """Values of a quarter, of whole vectors: a row that no others are left to be read with has a stream in each."""
+    return length // STREAMS // LANES * LANES
+
+
+@point
 def ahead_in(job, c0, c1, c, row, column, length):
     """(turn, after): how far away value i of a row of channel c has what is AHEAD of it.
 
@@ -389,8 +396,8 @@ def row_moments(job, c, rows, streams, length, far, shift, s1, s2):
     Their number is known when this is compiled: where it was not, sums went through the stack (of gradients in cache:
     10.2 ns for 16 values, 5.3 so).
     """
-    x, stride, around, zero, one = job.x, job.channels * job.s, splat(shift), splat(0.0), ones()
-    begin, whole = rows[0], length - length % LANES
+    x, around, zero, one = job.x, splat(shift), splat(0.0), ones()
+    begin, stride, whole = rows[0], rows[1], length - length % LANES
     i = 0
     for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
         while i < stop:
@@ -422,8 +429,8 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot):
     x, dy, slope, signs, coef, channels, one = job.x, job.dy, job.slope, job.signs, job.coef, job.channels, ones()
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
     low, around, again = splat(coef[LOW * channels + c]), splat(mean), alias(x)  # see design, J
-    begin, word, bit, words = rows
-    stride, whole = channels * job.s, length - length % LANES
+    begin, stride, word, bit, words = rows
+    whole = length - length % LANES
     i = 0
     for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
         if slope == 1.0:
@@ -479,8 +486,8 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot):
 def sum_run(add, job, c0, c1, b, around, sums1, sums2):
     """Two sums over block b for every channel of a run, as vectors, where x is taken around a value.
 
-    `add` adds STREAMS rows of a channel at a time, and what is left one by one: rows begin at a value of x and at a
-    bit of a word of signs, and signs are so many words apart.
+    `add` adds STREAMS rows of a channel at a time; or quarters of one row, and then what is left of it. They begin at a
+    value of x, so many apart, and at a bit of a word of signs, so many words apart.
     """
     first, rows, column, length = block_to_reduce(job, b)
     start, stride, word, words = slab_of(job, c0, first)
@@ -490,15 +497,21 @@ def sum_run(add, job, c0, c1, b, around, sums1, sums2):
         store(sums2, q * LANES, splat(0.0))
     while row < rows:
         bundle = row + STREAMS <= rows
+        each = length if bundle else quarter_of(length)
+        distance = (stride, words) if bundle else (each, each // LANES)
+        left = 0 if bundle else length - STREAMS * each
         for q in range(c1 - c0):
             j, mean = q * job.s + column, np.float64(around[q])
-            begin = start + row * stride + j, word + row * words + j // LANES, j % LANES, words
-            far = ahead_in(job, c0, c1, c0 + q, first + row, column, length)
+            at, sign = start + row * stride, word + row * words
             sum1, sum2 = load(sums1, q * LANES), load(sums2, q * LANES)
-            if bundle:
-                sum1, sum2 = add(job, c0 + q, begin, four, length, far, mean, sum1, sum2)
-            else:
-                sum1, sum2 = add(job, c0 + q, begin, single, length, far, mean, sum1, sum2)
+            if each:
+                begin = at + j, distance[0], sign + j // LANES, j % LANES, distance[1]
+                far = ahead_in(job, c0, c1, c0 + q, first + row, column, length)
+                sum1, sum2 = add(job, c0 + q, begin, four, each, far, mean, sum1, sum2)
+            if left:
+                j += length - left
+                begin = at + j, stride, sign + j // LANES, j % LANES, words
+                sum1, sum2 = add(job, c0 + q, begin, single, left, (left, AHEAD), mean, sum1, sum2)
             store(sums1, q * LANES, sum1)
             store(sums2, q * LANES, sum2)
         row += STREAMS if bundle else 1
