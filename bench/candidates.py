@@ -124,13 +124,21 @@ def _fastbn_layer(row: Row, p: Problem, choose: Callable[[], None]) -> Candidate
     if row.kind != "backward":
         bn.train(row.kind == "train")
         return Candidate(forward, choose)
-    forward = functools.partial(bn, p.x, residual=residual, out=p.y)
 
     def before() -> None:
         choose()
-        forward()
+        bn(p.x, residual=residual, out=p.y)
 
-    return Candidate(lambda: bn.backward(p.dy, out=p.out), before, once=True, result=_first)
+    if row.table == "layer":
+        return Candidate(lambda: bn.backward(p.dy, out=p.out), before, once=True, result=_first)
+    before()
+    saved = bn._saved
+
+    def gradient() -> Any:
+        bn._saved = saved  # a forward in between would cool the caches, and peers have none
+        return bn.backward(p.dy, out=p.out)
+
+    return Candidate(gradient, choose, result=_first)
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------

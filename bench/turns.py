@@ -2,13 +2,16 @@
 
 pytest-benchmark times one callable until it is done, then the next: on a shared machine the ratio of two such times
 carries whatever the neighbours did in between. Here all candidates of a row run in turn, round after round, so that
-each meets the same machine; pytest-benchmark then reads the times off a clock that replays them.
+each meets the same machine, and in another order every time, so that each meets what all the others leave behind (in
+one order, the same call took up to a tenth longer after PyTorch than after itself). pytest-benchmark then reads the
+times off a clock that replays them.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,10 +75,12 @@ def in_turn(candidates: dict[str, Candidate], seconds: float) -> tuple[Samples, 
     settle = {name: max(1, min(20 * repeat[name], round(SETTLE / first[name]))) for name in candidates}
     slow = {name for name in candidates if first[name] > max(LONG, SLOW * min(first.values()))}
 
+    names, shuffled = list(candidates), random.Random(0)
+
     def sample_round(turn: int, samples: Samples) -> None:
-        for name, candidate in candidates.items():
+        for name in shuffled.sample(names, len(names)):
             if turn % EVERY == 0 or name not in slow:
-                samples[name].append(_sample(candidate, repeat[name], settle[name]))
+                samples[name].append(_sample(candidates[name], repeat[name], settle[name]))
 
     blocks: list[Block] = []
     start = time.perf_counter()
@@ -83,7 +88,7 @@ def in_turn(candidates: dict[str, Candidate], seconds: float) -> tuple[Samples, 
     gc.disable()
     try:
         while not _enough(blocks, time.perf_counter() - start, seconds):
-            blocks.append(_block(list(candidates), sample_round))
+            blocks.append(_block(names, sample_round))
     finally:
         if collecting:
             gc.enable()
