@@ -95,8 +95,13 @@ point Ahead ahead_in(const Job *job, Run run, Block k, Index row, Index q) {
     return (Ahead){k.length - AHEAD, k.first + row + STREAMS < job->n ? after : 0};
 }
 
-/* Channels of a task of output alone: as many as lie in a block's length or, with signs, as have words together. */
-point Index spread_of(const Job *job) { return job->s > BLOCK || job->signs ? job->run : BLOCK / job->s; }
+/* Channels of a task of output alone: as many as have words together, with signs; else as many as lie in a block's length,
+   in whole lines where they are enough (32x1280x7x7, inference: 3 to 13 % less time). */
+point Index spread_of(const Job *job) {
+    const Index channels = BLOCK / job->s;
+    if (job->s > BLOCK || job->signs) return job->run;
+    return channels < MOST_LANES ? channels : channels - channels % MOST_LANES;
+}
 
 /* Sign i of each of so many rows, in one word. */
 point uint16_t gathered_bits(const uint16_t *sign, Index words, const Index streams, Index i, Index lanes) {

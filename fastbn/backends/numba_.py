@@ -892,8 +892,15 @@ def can_stream(job):
 
 @point
 def spread_of(job):
-    """Channels of a task of output alone: as many as lie in a block's length or, with signs, as have words together."""
-    return job.run if job.s > BLOCK or present(job.signs) else BLOCK // job.s
+    """Channels of a task of output alone.
+
+    As many as have words together, with signs; else as many as lie in a block's length, in whole lines where they are
+    enough (32x1280x7x7, inference: 3 to 13 % less time).
+    """
+    channels = BLOCK // job.s
+    if job.s > BLOCK or present(job.signs):
+        return job.run
+    return channels if channels < LANES else channels - channels % LANES
 
 
 @point
