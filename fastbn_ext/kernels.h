@@ -173,8 +173,9 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
     *dot = NAME(plus)(dots, dots2);
 }
 
-/* Two sums over block b for every channel of a run, by bundles of rows, then row by row (design, G), where x is taken around a value: of moments or, in a backward pass, of
-   gradients. Both are known when this is compiled, `backward` and the kind. */
+/* Two sums over block b for every channel of a run, where x is taken around a value: of moments or, in a backward pass, of
+   gradients. Rows are added STREAMS at a time; one that is left over by its quarters, and then what is left of it. Both are
+   known when this is compiled, `backward` and the kind. */
 point void NAME(sum_run)(const Job *job, Run run, Index b, const REAL *around, W *sum1, W *sum2, const int backward,
                          const int kind) {
     const Block k = block_to_reduce(job, b);

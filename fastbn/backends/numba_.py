@@ -1174,8 +1174,8 @@ def _compiled(real: np.dtype[Any]) -> Any:
 @functools.cache
 def _compiled_once(real: np.dtype[Any]) -> Any:
     kinds = _job.kinds_of(from_dtype(real))
-    given = (Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS))
-    *arguments, table = given
+    pointed = (Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind for kind in map(kinds.get, ARGUMENTS))
+    *arguments, table = pointed
     signature = types.void(table, FLAG, FLAG, FLAG, Buffer(types.intp), *arguments)
     with _parts_of(real) as parts:
         function = prepared(_kernel, f"kernel-{real}", _SOURCE, signature, parts, parallel=True)
