@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+from collections import deque
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -14,39 +13,48 @@ from bench.candidates import RefusedError, candidate, problem
 from bench.rows import COPIES, ROWS, Row
 from bench.turns import Candidate, Replay, Samples, in_turn, quoted
 
-SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))  # for a row; ratios of two runs differ by 4 %, with 1.5 by 6
-PLACES = 4  # in memory: where arrays about as large as the last cache lie decides on up to twice the time
-PLACED = 1 << 26  # bytes moved up to which that is so
+SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))  # for a row, in all sweeps
+SWEEPS = 4  # over all rows
+PLACED = 1 << 26  # bytes moved up to which it matters where arrays lie in memory
 clock = Replay()
 
 
-@pytest.fixture(autouse=True)
-def _keep_settings() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> dict[Row, tuple[Samples, float]]:
+    """`times` of all selected rows."""
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == test_time.__name__]
+    rows = list(dict.fromkeys(test.callspec.params["row"] for test in tests))  # type: ignore[attr-defined]
     threads, backend = fastbn.get_num_threads(), fastbn.get_backend()
-    yield
-    fastbn.set_num_threads(threads)
-    fastbn.set_backend(backend)
+    try:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            return times(rows)
+    finally:
+        fastbn.set_num_threads(threads)
+        fastbn.set_backend(backend)
 
 
-@functools.lru_cache(maxsize=1)
-def times(row: Row) -> tuple[Samples, float]:
-    """Seconds a call, of every candidate of a row that does not refuse; others' share of the machine.
+def times(rows: list[Row]) -> dict[Row, tuple[Samples, float]]:
+    """Seconds a call, of every candidate of these rows that does not refuse; others' share of the machine.
 
-    Arrays that may fit in a cache are made several times, and samples of all places are put together.
+    All rows are swept over several times, and the samples put together. A machine that is slower for minutes then is so
+    for a part of all rows, and not for all of some; and arrays lie elsewhere each time, which decides on up to twice
+    the time of those about as large as the last cache.
     """
-    places = PLACES if row.nbytes <= PLACED else 1
-    samples: Samples = {}
-    others, kept = 0.0, []
-    for place in range(places):
-        if place:
-            problem.cache_clear()
-        ready = _candidates(row)
-        kept.append(ready)  # what is given back would be the next place
-        more, share = in_turn(ready, SECONDS / places)
-        others = max(others, share)
-        for name, values in more.items():
-            samples.setdefault(name, []).extend(values)
-    return samples, others
+    found: dict[Row, tuple[Samples, float]] = {row: ({}, 0.0) for row in rows}
+    kept: deque[dict[str, Candidate]] = deque(maxlen=SWEEPS)  # what is given back would be the next place
+    for sweep in range(SWEEPS):
+        print(f"sweep {sweep + 1} of {SWEEPS} over {len(rows)} rows", flush=True)
+        problem.cache_clear()
+        for row in rows:
+            ready = _candidates(row)
+            if row.nbytes <= PLACED:
+                kept.append(ready)
+            samples, others = found[row]
+            more, share = in_turn(ready, SECONDS / SWEEPS)
+            for name, values in more.items():
+                samples.setdefault(name, []).extend(values)
+            found[row] = samples, max(others, share)
+    return found
 
 
 def _candidates(row: Row) -> dict[str, Candidate]:
@@ -66,8 +74,8 @@ def limit(samples: Samples, threads: str) -> float:
 
 @pytest.mark.parametrize("row,name", [pytest.param(r, n, id=f"{r}: {n}") for r in ROWS for n in r.candidates])
 @pytest.mark.benchmark(timer=clock.read, disable_gc=True)
-def test_time(benchmark: BenchmarkFixture, row: Row, name: str) -> None:
-    samples, others = times(row)
+def test_time(benchmark: BenchmarkFixture, measured: dict[Row, tuple[Samples, float]], row: Row, name: str) -> None:
+    samples, others = measured[row]
     if name not in samples:
         pytest.skip(f"{name} cannot do this")
     benchmark.group = str(row)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 SAMPLE = 3e-4  # seconds: shorter calls are timed in batches that take this long
 SETTLE = 1.5e-3  # seconds of untimed calls before a sample: the last candidate's idle threads spin for about so long
-ROUNDS = 9  # at least
+ROUNDS = 3  # at least
 MANY = 150  # rounds that are enough
 SLOW = 4.0  # a call that takes so many times the fastest one
 LONG = 5e-3  # and so many seconds is timed
