@@ -240,12 +240,16 @@ def put(typing, x, i, value, streaming):
     return types.void(x, types.intp, value, types.boolean), build
 
 
-def _prefetching(x, writing, locality):
+def _prefetching(x, writing, locality, count=1):
+    line = 512 // x.dtype.bitwidth
+
     def build(context, builder, signature, args):
-        address = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
-        function = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
-        llvm = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(llvm, [address, _I32(writing), _I32(locality), _I32(1)])
+        for first in range(0, count, line):
+            place = builder.gep(args[0], [builder.add(args[1], _I64(first))])
+            address = builder.bitcast(place, ir.IntType(8).as_pointer())
+            function = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+            llvm = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+            builder.call(llvm, [address, _I32(writing), _I32(locality), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(x, types.intp), build
@@ -255,6 +259,12 @@ def _prefetching(x, writing, locality):
 def prefetch(typing, x, i):
     """Ask for the line of ``x[i]``, which need not exist, in the second-level cache."""
     return _prefetching(x, 0, 2)
+
+
+@intrinsic
+def prefetch_vector(typing, x, i):
+    """As `prefetch`, for the lines of ``x[i : i + 16]``: of float64 they are two."""
+    return _prefetching(x, 0, 2, LANES)
 
 
 @intrinsic
