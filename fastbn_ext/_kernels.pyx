@@ -42,6 +42,7 @@ cdef extern from "dispatch.h" nogil:
         void (*finish_channel)(const Job *, Py_ssize_t, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
+    int first_instruction_set()
     Py_ssize_t tasks_of(const Job *, int phase)
     int can_stream(const Job *)
     void fold(const Job *)
@@ -69,9 +70,7 @@ cdef extern from *:
 
 openmp = bool(OPENMP)
 
-cdef int instruction_set = 0
-while not has_instruction_set(instruction_set):
-    instruction_set += 1
+cdef int instruction_set = first_instruction_set()
 
 
 def get_instruction_set():

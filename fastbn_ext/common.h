@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define point static inline __attribute__((always_inline))
-#define prefetch(address) __builtin_prefetch(address, 0, 2)
+#define prefetch(address) __builtin_prefetch(address, 0, 3)
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
 enum { HIGH, LOW, SCALE, MEAN, A, B };                        /* rows of `coef` */
@@ -57,6 +57,12 @@ point Index min(Index a, Index b) { return a < b ? a : b; }
 point Index max(Index a, Index b) { return a > b ? a : b; }
 point Index words_of(Index s, Index lanes) { return (s + lanes - 1) / lanes; }
 point Index whole_lines(Index count, Index itemsize) { return count * itemsize / LINE * LINE / itemsize; } /* values */
+
+/* Prefetch what lies so many bytes ahead, if any: what the next run will read first does not go to the nearest cache. */
+point void prefetch_onward(const void *x, Index ahead, int later) {
+    if (ahead && later) __builtin_prefetch((const char *)x + ahead, 0, 2);
+    else if (ahead) prefetch((const char *)x + ahead);
+}
 
 /* Prefetch a line to store a part of it, unless it begins there. */
 point void prefetch_part(const void *x) {

@@ -350,7 +350,7 @@ point V NAME(value_of)(V x, V other, Coefs k, REAL slope, uint16_t *sign, int tr
 /* A row of y, dx or dresidual: of columns, or of neighbouring channels of `length` values each. A vector that two of them
    share takes its coefficients from both. `what`, `kind` and whether there are columns is known when this is compiled. */
 point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *coef, Index pitch, Index length, Index word,
-                           Index ahead, Index beyond, const int what, const int kind, const int columns) {
+                           Index ahead, Index beyond, int fused, const int what, const int kind, const int columns) {
     const int any = kind == ANY, added = what == OUTPUT && (any || kind >= ADDED), signs = any || kind == SIGNED;
     const REAL *x = (const REAL *)job->x + at;
     const REAL *other = what != OUTPUT ? (const REAL *)job->dy + at
@@ -373,8 +373,8 @@ point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *co
     for (int past = streaming; past >= 0; past--) /* whole lines past the cache, then what is left */
         for (const Index stop = past ? i + whole_lines(width - i, sizeof(REAL)) : end + 1; i < stop;) {
             for (const Index within = min(stop, edge - LANES + 1); i < within; i += LANES) {
-                if (ahead) prefetch(x + i + ahead);
-                if (other && beyond) prefetch(other + i + beyond);
+                prefetch_onward(x + i, ahead * sizeof(REAL), fused);
+                if (other) prefetch_onward(other + i, beyond * sizeof(REAL), fused);
                 NAME(put)(out + i, VALUE(i, columns ? NAME(coefs_at)(coef, pitch, i, 1) : k, sign), past);
                 if (sign) sign++;
             }
@@ -401,12 +401,13 @@ point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *co
 /* Output, or dx and dresidual, of rows of columns, or of channels of `length` values, each `stride` behind the one before
    it, or ahead of it if that is negative; what lies `ahead` is prefetched. */
 point void NAME(write_rows)(const Job *job, Index at, Index stride, Index rows, Index width, const REAL *coef, Index pitch,
-                            Index length, Index word, Index words, Index ahead, int backward, const int columns) {
+                            Index length, Index word, Index words, Index ahead, int fused, int backward,
+                            const int columns) {
     const int kind = kind_to_write(job, backward);
-    const Index beyond = ahead || !job->ahead ? ahead : stride; /* after a reduction only the residual is out of the cache */
+    const Index beyond = ahead && fused ? stride : ahead; /* the residual has not been read yet */
     const REAL *out = (const REAL *)(backward ? job->dx : job->y);
 #define WRITE(beyond, what, kind) \
-    NAME(write_row)(job, at, width, coef, pitch, length, word, ahead, beyond, what, kind, columns)
+    NAME(write_row)(job, at, width, coef, pitch, length, word, ahead, beyond, fused, what, kind, columns)
     for (Index r = 0; r < rows; r++, at += stride, word += words) {
         if (job->streaming) { /* a store that waits for its line holds up all behind it */
             prefetch_part(out + at + width);
@@ -442,10 +443,11 @@ point void NAME(write_rows)(const Job *job, Index at, Index stride, Index rows, 
 /* Output, or dx and dresidual, of a block of a run of channels: after their reduction from the last row to the first. */
 static void NAME(apply_run)(const Job *job, Run run, Block k, int backward, int fused) {
     const Slab slab = slab_of(job, run.c0, k.first + (fused ? k.rows - 1 : 0), LANES);
-    const Index on = fused ? -1 : 1, width = (run.c1 - run.c0) * k.length;
-    NAME(write_rows)(job, slab.at + k.column, on * slab.stride, k.rows, width, (const REAL *)job->coef + run.c0,
-                     job->channels, k.length, slab.word + k.column / LANES, on * slab.words, fused ? 0 : job->ahead,
-                     backward, 0);
+    const Index on = fused ? -1 : 1, channels = run.c1 - run.c0;
+    const Index ahead = fused && job->ahead ? channels * job->s : job->ahead; /* design, I */
+    NAME(write_rows)(job, slab.at + k.column, on * slab.stride, k.rows, channels * k.length,
+                     (const REAL *)job->coef + run.c0, job->channels, k.length, slab.word + k.column / LANES,
+                     on * slab.words, ahead, fused, backward, 0);
 }
 
 /* --- column nest -------------------------------------------------------------------------------------------------- */
@@ -490,7 +492,7 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
     const Index words = words_of(columns, LANES);
     const REAL *coef = (const REAL *)job->coef;
     NAME(write_rows)(job, first * columns, columns, rows, columns, coef, columns, 0, first * words, words, job->ahead,
-                     backward, 1);
+                     0, backward, 1);
 }
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */

@@ -29,8 +29,10 @@ def kernels() -> Iterator:
 
 
 def test_the_best_is_the_first_choice(kernels):
+    """But for Zen 4, which computes 512 bits in two halves."""
+    cpu = pytest.importorskip("llvmlite.binding").get_host_cpu_name()
     available = kernels.available_instruction_sets()
-    assert kernels.get_instruction_set() == available[0]
+    assert kernels.get_instruction_set() == available[1 if cpu == "znver4" else 0]
     assert available[-1] == "baseline"
 
 

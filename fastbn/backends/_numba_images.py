@@ -65,8 +65,7 @@ FLOATS = Column(0, FLOAT_LANES, True)
 
 
 def _vector_at(builder, place, llvm):
-    """The vector that begins at ``x[i]``, `place` being (x, i); also asks for full-width registers in this function."""
-    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+    """The vector that begins at ``x[i]``, `place` being (x, i)."""
     x, i = place
     return builder.load(builder.bitcast(builder.gep(x, [i]), llvm.as_pointer()), align=1)
 

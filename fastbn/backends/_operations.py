@@ -50,16 +50,16 @@ class Operations:
         self._prepared = lru_cache(4096)(self._prepare)
 
     def _ready(
-        self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None
+        self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None, reduce: bool = True
     ) -> tuple[Callable[..., None], Array, Array | None]:
-        """Kernel, plan and room for x and so many arrays like it."""
-        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None)
+        """Kernel, plan and room for x and so many arrays like it; `reduce` unless there is nothing but output."""
+        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None, reduce)
         return kernel, plan, np.empty(room) if room > ROOM else None
 
     def _prepare(
-        self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool
+        self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool, reduce: bool
     ) -> tuple[Callable[..., None], Array, int]:
-        plan, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs)
+        plan, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
         return self._kernel_of(dtype), plan, room
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
@@ -110,7 +110,7 @@ class Operations:
         weight, bias, mean, var, wide = parameters
         if training and factor is None:
             mean = var = None
-        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs, training)
         kernel(
             False, training, True, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
             weight, bias, mean, var, norm, None, part,
@@ -129,7 +129,7 @@ class Operations:
         signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs, False)
         kernel(
             False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
             None, None, None, None, norm, None, part,
@@ -195,7 +195,7 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs, False)
         kernel(
             True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
             None, None, None, None, norm, grads, part,

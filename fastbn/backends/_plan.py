@@ -12,10 +12,14 @@ C. Where such tasks would leave threads idle (few channels) the work is *split*:
    results are bitwise the same for any number of threads.
 D. Output that will not be found in cache again is *streamed* past it, so that a line need not be read before it is
    written, where that pays: always on AMD (Zen 5, 2 threads, inference of 32x64x112x112: 1.0 copies against 1.5), with
-   many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96).
-E. Where output is all there is to do, what comes next in memory is *prefetched* meanwhile (Zen 3, 2 threads, inference
-   of 32x512x28x28: 6.3 to 5.0 ns for 16 values on a thread, of 32x64x112x112: 6.5 to 5.9). So it is where the work is
-   split. Otherwise it is in the cache after a reduction, but for a residual, and within the cache this only costs.
+   many threads on Intel (Cascade Lake, 2 threads: 1.02 against 0.96). Where output is all there is to do, that is from
+   what fills the third-level cache; behind a reduction, whose runs are read from many places, from what fills half of
+   it (Zen 4, 32 MiB, ns for 16 values on a thread, streamed and not: inference of 32x2048x7x7, 26 MB, 4.9 and 2.6, of
+   32x64x56x56, 51 MB, 3.8 and 4.6; training 32x576x14x14, 29 MB, 5.9 and 7.2; both are alike at 35 and 20 MB).
+E. Where output is all there is to do, what comes next in memory is *prefetched* meanwhile (2 threads, inference, ns for
+   16 values on a thread: 32x512x28x28 on Zen 3 6.3 to 5.0, 32x256x56x56 on Zen 4 3.7 to 3.3), into all caches: on Zen 4
+   it takes longer than without where the nearest is left out (4.4). So it is where the work is split. After a reduction
+   its input is in the cache, and the next run's is asked for; within the cache all this only costs.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ STREAMS = 4  # rows read at a time
 COEFFICIENTS = 6  # of every channel or column
 PIECE = BLOCK // STREAMS  # values of a piece of a row that is longer
 AHEAD = 128  # values by which each of them is prefetched (32x256x56x56, backward: 64 1.95 copies, 128 1.86, 256 2.1)
-ONWARD = 2048  # values by which memory in one stream is prefetched at least
+ONWARD = 512  # and in one stream (Zen 4, inference of 32x64x112x112: 2048 3.4 ns for 16 values on a thread, 512 3.2)
 INTEL_THREADS = 4  # threads up to which Intel's cores write faster through the cache
 ROW = LANES  # values from which rows are worked on as such
 COLUMNS = 256  # values that a folded row should have at least
@@ -62,31 +66,35 @@ class Plan(NamedTuple):
     ahead: int  # how far to prefetch while output is written, in values; 0 within the cache
 
 
-def cut(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool) -> tuple[NDArray[np.intp], int]:
+def cut(
+    n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool, reduce: bool
+) -> tuple[NDArray[np.intp], int]:
     """The `plan` of these arguments as kernels take it, and how many float64 values of room they need: `part`.
 
     That is for the sums of every block, and of the values that fill no row of the column nest; and for coefficients.
     Kernels that need no more than `ROOM` take None (a layer's call on 32x64: 0.25 us less).
     """
-    made = plan(n, c, s, itemsize, arrays, threads, signs)
+    made = plan(n, c, s, itemsize, arrays, threads, signs, reduce)
     width = made.columns or c
     return np.array(made, np.intp), 2 * (made.blocks + 1) * width + -(-COEFFICIENTS * width * itemsize // 8)
 
 
-def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool = False) -> Plan:
+def plan(
+    n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool = False, reduce: bool = True
+) -> Plan:
     """Cut the work on (n, c, s) values of so many arrays for so many threads.
 
     With `signs`, slabs are those of `sign_words`, however many threads there are.
     """
     size = n * c * s
-    beyond_cache = size * itemsize * arrays > cache_bytes(3) // 2
+    beyond_cache = size * itemsize * arrays > cache_bytes(3) // (2 if reduce else 1)
     streaming = beyond_cache and (threads > INTEL_THREADS or not is_intel())
+    ahead = ONWARD if beyond_cache else 0
     if size * arrays <= 2 * SERIAL:
         threads = 1
     if s < ROW:
         columns = _folded_row(c * s)
         rows, block = size // columns, max(64, min(COLUMN_BLOCK, BLOCK * c) // columns)
-        ahead = ONWARD if beyond_cache else 0
         return Plan(n, c, s, threads, True, streaming, 1, columns, rows, block, -(-rows // block), ahead)
     blocks = _blocks(n, s)
     widest = _widest(c, s)
@@ -95,7 +103,6 @@ def plan(n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs
     split = tasks / (-(-tasks // threads) * threads) < 0.8
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
-    ahead = max(s, ONWARD) if beyond_cache else 0
     return Plan(n, c, s, threads, split, streaming, run, 0, 0, 0, blocks, ahead)
 
 

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
+from fastbn.backends._compiler import register_bits
 from fastbn.backends._plan import LANES
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
@@ -47,8 +48,7 @@ BOOLEANS = Vector(types.boolean)
 
 
 def _vector_pointer(builder, pointer, index, llvm):
-    """Address of ``pointer[index]`` as that of a vector; also asks for full-width registers in this function."""
-    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+    """Address of ``pointer[index]`` as that of a vector."""
     return builder.bitcast(builder.gep(pointer, [index]), llvm.as_pointer())
 
 
@@ -190,7 +190,7 @@ def _store(builder, args, kind):
 def _stream(context, builder, args, kind):
     """One store for each register, in the order of memory: LLVM would write the second half of a line first."""
     pointer, index, value = args
-    width = (512 if "+avx512f" in context.codegen().magic_tuple()[2] else 256) // kind.dtype.bitwidth
+    width = register_bits(context.codegen()) // kind.dtype.bitwidth
     vector = ir.VectorType(kind.llvm.element, width)
     for first in range(0, LANES, width):
         part = builder.shuffle_vector(value, value, _lanes(range(first, first + width)))
@@ -257,13 +257,19 @@ def _prefetching(x, writing, locality, count=1):
 
 @intrinsic
 def prefetch(typing, x, i):
-    """Ask for the line of ``x[i]``, which need not exist, in the second-level cache."""
-    return _prefetching(x, 0, 2)
+    """Ask for the line of ``x[i]``, which need not exist, in all caches."""
+    return _prefetching(x, 0, 3)
 
 
 @intrinsic
 def prefetch_vector(typing, x, i):
     """As `prefetch`, for the lines of ``x[i : i + 16]``: of float64 they are two."""
+    return _prefetching(x, 0, 3, LANES)
+
+
+@intrinsic
+def prefetch_later(typing, x, i):
+    """As `prefetch_vector`, but not in the nearest cache."""
     return _prefetching(x, 0, 2, LANES)
 
 

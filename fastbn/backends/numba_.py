@@ -28,10 +28,12 @@ H. The kernel is one or two phases, and a phase a loop over independent tasks: t
 I. A run's output goes backwards, row by row, after its reduction: what was read last is still in the nearest cache.
    Split work goes forward: what the third-level cache might still have gains less than order does (65536x256, training:
    backwards 2.2 copies, forward 1.85; backward pass: 3.7 and 3.3).
-   Reading x and dy twice and writing dx, channel by channel and without any arithmetic, takes 1.75 to 1.85 copies; a
-   backward pass takes 1.95 to 2.1. One channel's output in the same loop as the sums of the next was tried: 0 to 11 %
-   less (32x256x56x56), nothing for 32x64x112x112, and a second form of both loops. So was prefetching the next channel
-   while one is written: between 5 % less and 9 % more.
+   Meanwhile the same row of the next run is asked for where data come from memory, which would only be written to: it
+   reads and writes at the same time (Zen 4, ns for 16 values on a thread: 32x512x28x28, training 7.6 to 6.5, backward
+   11.8 to 10.5; 32x256x56x56, 5.7 to 5.2 and 9.6 to 8.4; 32x64x112x112, of which a channel does not fit the
+   second-level cache, nothing; into the nearest cache too it costs up to 15 %). One channel's output in the same loop
+   as the sums of the next was tried (Zen 3): 0 to 11 % less, and a second form of both loops. So was asking for the
+   output's lines while sums are made, in the cache (Zen 4): nothing.
 J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
    units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
 K. Coefficients stay in registers: rows of neighbouring channels are written as one, and a vector that two of them
@@ -82,6 +84,7 @@ from fastbn.backends._vectors import (
     noinline,
     ones,
     positive,
+    prefetch_later,
     prefetch_part,
     prefetch_vector,
     present,
@@ -128,6 +131,19 @@ GROUP = 1 << 14  # values of a task of the column nest
 WIDEST = 2 * CHUNK + LANES  # room for the sums of a chunk
 MOST_CHANNELS = SLAB // ROW  # of a run
 SUMS = MOST_CHANNELS * LANES  # room for a vector of sums each
+
+
+@point
+def lesser(a, b):
+    """The smaller of two numbers. Numba's `min` is a function that `_compiler` cannot tell what registers to use."""
+    return a if a < b else b
+
+
+@point
+def greater(a, b):
+    """The larger of two numbers."""
+    return a if a > b else b
+
 
 # --- channel arithmetic -------------------------------------------------------------------------------------------
 
@@ -308,7 +324,7 @@ def gradient(dy, x, training, scale, mean, a, b):
 @point
 def pieces_of(s, piece):
     """Pieces of so many values that a row is cut into; the last takes the rest: none is shorter than a vector."""
-    return max(1, s // piece)
+    return greater(1, s // piece)
 
 
 @point
@@ -322,13 +338,13 @@ def block_of(b, n, s, height, piece):
     """(first, rows, column, length) of block b."""
     pieces = pieces_of(s, piece)
     first, p = b // pieces * height, b % pieces
-    return first, min(height, n - first), p * piece, (piece if p < pieces - 1 else s - p * piece)
+    return first, lesser(height, n - first), p * piece, (piece if p < pieces - 1 else s - p * piece)
 
 
 @point
 def block_to_reduce(job, b):
     """(first, rows, column, length) of block b of a reduction: whole bundles of streams."""
-    height = max(1, (BLOCK // job.s + STREAMS - 1) // STREAMS) * STREAMS
+    height = greater(1, (BLOCK // job.s + STREAMS - 1) // STREAMS) * STREAMS
     return block_of(b, job.n, job.s, height, PIECE)
 
 
@@ -341,7 +357,7 @@ def runs_of(job, run):
 @point
 def run_of(job, t, run):
     """Channels c0 to c1 of run t."""
-    return t * run, min(t * run + run, job.channels)
+    return t * run, lesser(t * run + run, job.channels)
 
 
 @point
@@ -410,7 +426,7 @@ def row_moments(job, c, rows, streams, length, far, shift, s1, s2, kind):
     x, around, zero, one = job.x, splat(shift), splat(0.0), ones()
     begin, stride, whole = rows[0], rows[1], length - length % LANES
     i = 0
-    for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
+    for stop, ahead in ((lesser(far[0], whole), AHEAD), (whole, far[1])):
         while i < stop:
             at = begin + i
             for _ in range(streams):
@@ -447,7 +463,7 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
     low, around, again = splat(coef[LOW * channels + c]), splat(mean), alias(x)  # see design, J
     (begin, stride, word, bit, words), whole = rows, length - length % LANES
     i = 0
-    for stop, ahead in ((min(far[0], whole), AHEAD), (whole, far[1])):
+    for stop, ahead in ((lesser(far[0], whole), AHEAD), (whole, far[1])):
         if slope == 1.0:
             while i < stop:
                 at = begin + i
@@ -569,7 +585,7 @@ def block_gradients(job, c0, c1, b):
 @point
 def first_of(j, width):
     """First column of the vector of sums at j: the last one overlaps the one before it (design, E)."""
-    return min(j, width - LANES)
+    return lesser(j, width - LANES)
 
 
 @point
@@ -705,7 +721,16 @@ def value_of(x, other, coefs, slope, signs, word, bit, training, what):
 
 
 @point
-def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, what, kind, columns):
+def prefetch_onward(x, i, ahead, later):
+    """Prefetch what lies `ahead`, if at all: what the next run will read first does not go to the nearest cache."""
+    if ahead and later:
+        prefetch_later(x, i + ahead)
+    elif ahead:
+        prefetch_vector(x, i + ahead)
+
+
+@point
+def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, fused, what, kind, columns):
     """A row of y, dx or dresidual: of columns, or of neighbouring channels of `length` values each (design, E, F, K).
 
     `what`, `kind` and `columns` are known when this is compiled: loops need not ask for what is not.
@@ -726,10 +751,9 @@ def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, what, ki
         store_where(out, at, foremost(i), z)
     while i <= end:
         while i <= edge - LANES:
-            if ahead:
-                prefetch_vector(x, at + i + ahead)
-            if present(other) and beyond:
-                prefetch_vector(other, at + i + beyond)
+            prefetch_onward(x, at + i, ahead, fused)
+            if present(other):
+                prefetch_onward(other, at + i, beyond, fused)
             if columns == COLUMNS:
                 coefs = coefs_at(coef, pitch, i, columns)
             added = load(other, at + i) if present(other) else nothing
@@ -757,7 +781,7 @@ def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, what, ki
 
 
 @point
-def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, ahead, backward, columns):
+def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, ahead, fused, backward, columns):
     """Output, or dx and dresidual, of rows of columns, or of channels of `length` values.
 
     Each row is `stride` behind the one before it, or ahead of it if that is negative; what lies `ahead` is prefetched.
@@ -766,7 +790,7 @@ def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, a
     """
     simple = not (present(job.signs) or present(job.residual)) and job.training
     plain, relu = simple and job.slope == 1.0, simple and job.slope == 0.0
-    beyond = ahead if ahead or not job.ahead else stride  # after a reduction only the residual is out of the cache
+    beyond = stride if ahead and fused else ahead  # the residual has not been read yet
     out = job.dx if backward else job.y
     for r in range(rows):
         if job.streaming:  # a store that waits for its line holds up all behind it
@@ -774,19 +798,19 @@ def write_rows(job, at, stride, rows, width, coef, pitch, length, word, words, a
             if r + 1 < rows:
                 prefetch_part(out, at + stride)
         if backward and present(job.dresidual):  # first: dx may lie over dy
-            write_row(job, at, width, coef, pitch, length, word, ZERO, ZERO, RESIDUAL, ANY, columns)
+            write_row(job, at, width, coef, pitch, length, word, ZERO, ZERO, fused, RESIDUAL, ANY, columns)
         if backward and plain:
-            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, PLAIN, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, fused, GRADIENT, PLAIN, columns)
         elif backward and relu:
-            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, RELU, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, fused, GRADIENT, RELU, columns)
         elif backward:
-            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, GRADIENT, ANY, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ahead, fused, GRADIENT, ANY, columns)
         elif plain:
-            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, OUTPUT, PLAIN, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, fused, OUTPUT, PLAIN, columns)
         elif relu:
-            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, OUTPUT, RELU, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, ZERO, fused, OUTPUT, RELU, columns)
         else:
-            write_row(job, at, width, coef, pitch, length, word, ahead, beyond, OUTPUT, ANY, columns)
+            write_row(job, at, width, coef, pitch, length, word, ahead, beyond, fused, OUTPUT, ANY, columns)
         at += stride
         word += words
 
@@ -797,11 +821,25 @@ def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
 
     After their reduction from the last row to the first (design, I).
     """
-    first, on, ahead = (first + rows - 1, -1, 0) if fused else (first, 1, job.ahead)
+    first, on = (first + rows - 1, -1) if fused else (first, 1)
+    ahead = (c1 - c0) * job.s if fused and job.ahead else job.ahead
     at, stride, word, words = slab_of(job, c0, first)
     at, word, width, coef = at + column, word + column // LANES, (c1 - c0) * length, ahead_of(job.coef, c0)
     write_rows(
-        job, at, on * stride, rows, width, coef, job.channels, length, word, on * words, ahead, backward, CHANNELS
+        job,
+        at,
+        on * stride,
+        rows,
+        width,
+        coef,
+        job.channels,
+        length,
+        word,
+        on * words,
+        ahead,
+        fused,
+        backward,
+        CHANNELS,
     )
 
 
@@ -814,7 +852,7 @@ def apply_run(job, c0, c1, first, rows, column, length, backward, fused):
 @point
 def chunks_of(columns):
     """Number of chunks of a row; the last takes the rest."""
-    return max(1, columns // CHUNK)
+    return greater(1, columns // CHUNK)
 
 
 @point
@@ -824,7 +862,7 @@ def chunk_of(job, t):
     b, q = t // chunks, t % chunks
     first, j0 = b * job.block, q * CHUNK
     width = CHUNK if q < chunks - 1 else columns - j0
-    return first, min(job.block, job.rows - first), j0, width, ahead_of(job.part, 2 * b * columns + j0)
+    return first, lesser(job.block, job.rows - first), j0, width, ahead_of(job.part, 2 * b * columns + j0)
 
 
 @point
@@ -832,7 +870,7 @@ def shifts_of(job, row, j0, width, shifts):
     """The shifts of so many columns from j0 on, whose block begins at `row`."""
     channels, length = job.channels, job.s
     pixel, c, k = channels * length, j0 // length % channels, j0 % length
-    for j in range(min(pixel, width)):
+    for j in range(lesser(pixel, width)):
         shifts[j] = row[c * length]
         k += 1
         if k == length:
@@ -873,16 +911,18 @@ def column_gradients(job, t):
 @point
 def group_of(columns):
     """Rows of a task."""
-    return max(1, GROUP // columns)
+    return greater(1, GROUP // columns)
 
 
 @part(INDEX, FLAG)
 def apply_group(job, t, backward):
     """Output, or dx and dresidual, of the t-th group of rows."""
     columns, first = job.columns, t * group_of(job.columns)
-    rows, words = min(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
+    rows, words = lesser(group_of(columns), job.rows - first), (columns + LANES - 1) // LANES
     at, word = first * columns, first * words
-    write_rows(job, at, columns, rows, columns, job.coef, columns, ZERO, word, words, job.ahead, backward, COLUMNS)
+    write_rows(
+        job, at, columns, rows, columns, job.coef, columns, ZERO, word, words, job.ahead, False, backward, COLUMNS
+    )
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -929,7 +969,7 @@ def sums_of(job, c, b):
 def size_of(job, b):
     """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
     if job.columns:
-        return min(job.block, job.rows - b * job.block) if b < job.blocks else 1
+        return lesser(job.block, job.rows - b * job.block) if b < job.blocks else 1
     _, height, _, length = block_to_reduce(job, b)
     return height * length
 
@@ -947,7 +987,7 @@ def finish_channel(job, c, backward, apply):
             second += two
         else:
             if columns:
-                shift = shift_of(job.x, min(b * job.block, job.rows) * columns + c * s)
+                shift = shift_of(job.x, lesser(b * job.block, job.rows) * columns + c * s)
                 one, two = moments_of(shift, size, one, two)
             first, second = merge(count, first, second, size, one, two)
             count += size
@@ -983,7 +1023,7 @@ def run_at_once(job, t, backward):
             round_gradient(job, c, job.channels, c)
         else:
             round_affine(job, c, job.channels, c)
-    height = max(1, BLOCK // job.s)
+    height = greater(1, BLOCK // job.s)
     for b in range(blocks_of(job.n, job.s, height, BLOCK) - 1, -1, -1):  # the last first: it is in the nearest cache
         first, rows, column, length = block_of(b, job.n, job.s, height, BLOCK)
         apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))

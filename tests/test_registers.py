@@ -1,0 +1,31 @@
+"""Numba's kernels keep to the registers that are fast on a CPU, whatever is inlined into them."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+from subprocesses import python
+
+pytest.importorskip("numba")
+
+AVX512 = "+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx2,+fma"
+PRINT_ASSEMBLY = """
+import numpy as np
+from numba.np.numpy_support import from_dtype
+from fastbn.backends import numba_
+job = numba_.Job(from_dtype(np.dtype(np.float32)))
+for part in numba_.block_moments, numba_.apply_run:
+    signature = next((job, *kinds) for function, kinds in numba_.PARTS if function is part)
+    part.compile(signature)
+    print(part.inspect_asm(signature))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86-64")
+@pytest.mark.parametrize("cpu, wide", (("znver4", False), ("skylake-avx512", True)))
+def test_vectors_are_in_registers_that_are_fast(cpu, wide):
+    """LLVM splits vectors in two only where all that it inlines agrees; nothing here is run."""
+    assembly = python(PRINT_ASSEMBLY, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=AVX512).stdout
+    assert "vfmadd" in assembly
+    assert ("%zmm" in assembly) == wide
