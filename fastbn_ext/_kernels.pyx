@@ -42,6 +42,7 @@ cdef extern from "dispatch.h" nogil:
         void (*finish_channel)(const Job *, Py_ssize_t, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
+    int best_instruction_set()
     int first_instruction_set()
     Py_ssize_t tasks_of(const Job *, int phase)
     int can_stream(const Job *)
@@ -71,6 +72,7 @@ cdef extern from *:
 openmp = bool(OPENMP)
 
 cdef int instruction_set = first_instruction_set()
+cdef int image_instruction_set = best_instruction_set()
 
 
 def get_instruction_set():
@@ -84,11 +86,11 @@ def available_instruction_sets():
 
 
 def set_instruction_set(str name):
-    """Use another instruction set that this CPU has."""
-    global instruction_set
+    """Use another instruction set that this CPU has, for everything."""
+    global instruction_set, image_instruction_set
     for i in range(NUM_INSTRUCTION_SETS):
         if instruction_sets[i].decode() == name and has_instruction_set(i):
-            instruction_set = i
+            instruction_set = image_instruction_set = i
             return
     raise ValueError(f"instruction set must be one of {', '.join(available_instruction_sets())}; got {name!r}")
 
@@ -165,7 +167,7 @@ def image_sums(
     cdef ImageJob job
     job.length, job.pieces, job.piece, job.width, job.tile, job.whole = length, pieces, piece, width, tile, whole
     job.x, job.part = data(x), data(part)
-    cdef ImageTask task = image_task_of(instruction_set, dtype)
+    cdef ImageTask task = image_task_of(image_instruction_set, dtype)
     cdef Py_ssize_t t
     with nogil:
         if threads == 1:

@@ -9,7 +9,8 @@
 #include <stdint.h>
 
 #define point static inline __attribute__((always_inline))
-#define prefetch(address) __builtin_prefetch(address, 0, 3)
+#define prefetch(address) __builtin_prefetch(address, 0, 3)       /* into all caches */
+#define prefetch_later(address) __builtin_prefetch(address, 0, 2) /* but the nearest */
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
 enum { HIGH, LOW, SCALE, MEAN, A, B };                        /* rows of `coef` */
@@ -60,7 +61,7 @@ point Index whole_lines(Index count, Index itemsize) { return count * itemsize /
 
 /* Prefetch what lies so many bytes ahead, if any: what the next run will read first does not go to the nearest cache. */
 point void prefetch_onward(const void *x, Index ahead, int later) {
-    if (ahead && later) __builtin_prefetch((const char *)x + ahead, 0, 2);
+    if (ahead && later) prefetch_later((const char *)x + ahead);
     else if (ahead) prefetch((const char *)x + ahead);
 }
 

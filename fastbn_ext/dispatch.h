@@ -115,16 +115,21 @@ static inline int has_instruction_set(int index) {
     return index < NUM_INSTRUCTION_SETS;
 }
 
-/* The one to begin with: the best that there is; but Zen 4 computes 512 bits in two halves, and converts to float64 slower
-   so than 256 (6 values a cycle instead of 8; in cache, ns for 16 values on a thread: 8x16x56x56, training 3.2 and 2.8,
-   backward 4.8 and 4.0; 32x256x7x7 4.7 and 3.5, 6.2 and 4.8). GCC 12 knows its family, of which no other has AVX-512. */
-static inline int first_instruction_set(void) {
+static inline int best_instruction_set(void) {
     int index = 0;
     while (!has_instruction_set(index)) index++;
-#if X86
-    if (index == 0 && __builtin_cpu_is("amdfam19h")) return 1;
-#endif
     return index;
+}
+
+/* The one to begin with: the best; but Zen 4 computes 512 bits in two halves, and converts to float64 slower so than 256
+   (6 values a cycle instead of 8; in cache, ns for 16 values on a thread: 8x16x56x56, training 3.2 and 2.8, backward 4.8
+   and 4.0; 32x256x7x7 4.7 and 3.5, 6.2 and 4.8). No other of its family has AVX-512; GCC 12 does not know its name. */
+static inline int first_instruction_set(void) {
+    const int best = best_instruction_set();
+#if X86
+    if (best == 0 && __builtin_cpu_is("amdfam19h")) return 1;
+#endif
+    return best;
 }
 
 static inline const Kernels *kernels_of(int index, int itemsize) {
@@ -138,7 +143,8 @@ static inline const Kernels *kernels_of(int index, int itemsize) {
     return table[index][itemsize == 8];
 }
 
-/* Task of the statistics of image data; `dtype` is an index into IMAGE_DTYPES of fastbn/backends/cython_.py. */
+/* Task of the statistics of image data, which are integers for the most part: Zen 4 takes up to a quarter less with AVX-512;
+   `dtype` is an index into IMAGE_DTYPES of fastbn/backends/cython_.py. */
 static inline ImageTask image_task_of(int index, int dtype) {
     static const ImageTask *const table[] = {
 #if X86

@@ -36,7 +36,7 @@ static void NAME(column)(const STORED *x, Index stride, Index rows, const STORED
     NAME(Wide) sum[UNROLL] = {0};
     NAME(Pair) even[UNROLL] = {0}, odd[UNROLL] = {0};
     for (Index r = 0; r < rows; r++, x += stride, ahead += COLUMN) {
-        prefetch(ahead);
+        prefetch_later(ahead);
         for (Index k = 0; k < UNROLL; k++) {
             const NAME(Wide) value = __builtin_convertvector(((const NAME(Narrow) *)x)[k], NAME(Wide));
             const NAME(Pair) square = (NAME(Pair))(value * value);
@@ -64,7 +64,7 @@ static void NAME(column)(const STORED *x, Index stride, Index rows, const STORED
     NAME(Wide) sum[UNROLL] = {0}, squares[UNROLL] = {0}, shift[UNROLL];
     __builtin_memcpy(shift, around, sizeof shift);
     for (Index r = 0; r < rows; r++, x += stride, ahead += COLUMN) {
-        for (Index k = 0; k < COLUMN; k += LINE / (Index)sizeof(STORED)) prefetch(ahead + k);
+        for (Index k = 0; k < COLUMN; k += LINE / (Index)sizeof(STORED)) prefetch_later(ahead + k);
         for (Index k = 0; k < UNROLL; k++) {
             const NAME(Wide) d = LOAD(x + k * COUNT) - shift[k];
             sum[k] += d;

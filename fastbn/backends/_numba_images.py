@@ -28,7 +28,7 @@ from fastbn.backends._cache import digest_of
 from fastbn.backends._compiler import loop, point
 from fastbn.backends._images import HALF, INTEGERS, lanes
 from fastbn.backends._plan import LONGEST_FOLD
-from fastbn.backends._vectors import ahead_of, noinline, prefetch, scratch, team
+from fastbn.backends._vectors import ahead_of, noinline, prefetch_later, scratch, team
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
@@ -250,7 +250,7 @@ def integer_column(x, at, stride, rows, ahead, step, first, s1, s2, j):
     total = nothing(wide(x, at))
     even, odd = nothing(half_of(total, 0)), nothing(half_of(total, 1))
     for _ in range(rows):
-        prefetch(x, ahead)
+        prefetch_later(x, ahead)
         value = wide(x, at)
         square = value * value
         total = total + value
@@ -269,8 +269,7 @@ def float_column(x, at, stride, rows, ahead, step, first, shift, s1, s2, j):
     total = nothing(shift)
     squares = nothing(shift)
     for _ in range(rows):
-        prefetch(x, ahead)
-        prefetch(x, ahead + step // 2)  # a column of float64 is two lines
+        prefetch_later(x, ahead)
         value = floats(x, at) - shift
         total = total + value
         squares = fused(value, value, squares)

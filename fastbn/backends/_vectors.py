@@ -257,19 +257,13 @@ def _prefetching(x, writing, locality, count=1):
 
 @intrinsic
 def prefetch(typing, x, i):
-    """Ask for the line of ``x[i]``, which need not exist, in all caches."""
-    return _prefetching(x, 0, 3)
-
-
-@intrinsic
-def prefetch_vector(typing, x, i):
-    """As `prefetch`, for the lines of ``x[i : i + 16]``: of float64 they are two."""
+    """Ask for the lines of ``x[i : i + 16]``, which need not exist, in all caches: of float64 they are two."""
     return _prefetching(x, 0, 3, LANES)
 
 
 @intrinsic
 def prefetch_later(typing, x, i):
-    """As `prefetch_vector`, but not in the nearest cache."""
+    """As `prefetch`, but not in the nearest cache."""
     return _prefetching(x, 0, 2, LANES)
 
 

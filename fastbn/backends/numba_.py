@@ -84,9 +84,9 @@ from fastbn.backends._vectors import (
     noinline,
     ones,
     positive,
+    prefetch,
     prefetch_later,
     prefetch_part,
-    prefetch_vector,
     present,
     put,
     rounded,
@@ -430,7 +430,7 @@ def row_moments(job, c, rows, streams, length, far, shift, s1, s2, kind):
         while i < stop:
             at = begin + i
             for _ in range(streams):
-                prefetch_vector(x, at + ahead)
+                prefetch(x, at + ahead)
                 d = widen(load(x, at)) - around
                 s1 = fma(d, one, s1)
                 s2 = fma(d, d, s2)
@@ -468,8 +468,8 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
             while i < stop:
                 at = begin + i
                 for _ in range(streams):
-                    prefetch_vector(x, at + ahead)
-                    prefetch_vector(dy, at + ahead)
+                    prefetch(x, at + ahead)
+                    prefetch(dy, at + ahead)
                     g = widen(load(dy, at))
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(x, at)) - around, dot)
@@ -479,8 +479,8 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
             while i < stop:
                 at, sign = begin + i, word + i // LANES
                 for _ in range(streams):
-                    prefetch_vector(x, at + ahead)
-                    prefetch_vector(dy, at + ahead)
+                    prefetch(x, at + ahead)
+                    prefetch(dy, at + ahead)
                     g = widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, sign, bit))
                     sum_dy = fma(g, one, sum_dy)
                     dot = fma(g, widen(load(again, at)) - around, dot)
@@ -726,7 +726,7 @@ def prefetch_onward(x, i, ahead, later):
     if ahead and later:
         prefetch_later(x, i + ahead)
     elif ahead:
-        prefetch_vector(x, i + ahead)
+        prefetch(x, i + ahead)
 
 
 @point
