@@ -99,20 +99,27 @@ point void NAME(row_moments)(const REAL *x, Index stride, const Index streams, I
                 t2 = NAME(fused)(e, e, t2);
             }
     }
+    if (i <= length - LANES) {
+        for (Index r = 0; r < streams; r++) {
+            W d = NAME(minus)(NAME(load_widened)(x + r * stride + i), around);
+            s1 = NAME(added)(s1, d, one);
+            s2 = NAME(fused)(d, d, s2);
+        }
+        i += LANES;
+    }
     if (i == length - 1 && LANES >= STREAMS) { /* as odd squares leave it */
         W d = NAME(minus)(NAME(widen)(NAME(gathered)(x + i, stride, streams, beyond)), around);
         s1 = NAME(plus)(s1, d);
         s2 = NAME(fused)(d, d, s2);
-    } else
-        for (; i < length; i += LANES) {
-            const M tail = NAME(last)(length - i);
-            for (Index r = 0; r < streams; r++) {
-                const V value = NAME(load)(x + r * stride + min(i, length - LANES));
-                W d = NAME(minus)(NAME(widen)(NAME(where)(tail, value, beyond)), around);
-                s1 = NAME(plus)(s1, d);
-                s2 = NAME(fused)(d, d, s2);
-            }
+    } else if (i < length) {
+        const M tail = NAME(last)(length - i);
+        for (Index r = 0; r < streams; r++) {
+            const V value = NAME(load)(x + r * stride + length - LANES);
+            W d = NAME(minus)(NAME(widen)(NAME(where)(tail, value, beyond)), around);
+            s1 = NAME(plus)(s1, d);
+            s2 = NAME(fused)(d, d, s2);
         }
+    }
     *sum1 = NAME(plus)(s1, t1);
     *sum2 = NAME(plus)(s2, t2);
 }
@@ -147,6 +154,14 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
                 dots2 = NAME(fused)(g2, NAME(minus)(NAME(load_widened)(x + at + LANES), around), dots2);
             }
     }
+    if (i <= length - LANES) {
+        for (Index r = 0, at = i; r < streams; r++, at += stride) {
+            const W g = WIDE_GATED(at, i, r);
+            dys = NAME(added)(dys, g, one);
+            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+        }
+        i += LANES;
+    }
     if (i == length - 1 && LANES >= STREAMS) {
         const V none = {0}, value = NAME(gathered)(x + i, stride, streams, none);
         V g = NAME(gathered)(dy + i, stride, streams, none);
@@ -156,16 +171,15 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
         }
         dys = NAME(plus)(dys, NAME(widen)(g));
         dots = NAME(fused)(NAME(widen)(g), NAME(minus)(NAME(widen)(value), around), dots);
-    } else
-        for (; i < length; i += LANES) {
-            const Index from = min(i, length - LANES);
-            const M tail = NAME(last)(length - i);
-            for (Index r = 0, at = from; r < streams; r++, at += stride) {
-                const W g = NAME(widen)((V)((M)GATED(at, from, r) & tail));
-                dys = NAME(plus)(dys, g);
-                dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
-            }
+    } else if (i < length) {
+        const Index from = length - LANES;
+        const M tail = NAME(last)(length - i);
+        for (Index r = 0, at = from; r < streams; r++, at += stride) {
+            const W g = NAME(widen)((V)((M)GATED(at, from, r) & tail));
+            dys = NAME(plus)(dys, g);
+            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
         }
+    }
 #undef OPEN
 #undef GATED
 #undef WIDE_GATED
