@@ -15,7 +15,7 @@ cdef extern from "dispatch.h" nogil:
     enum: NUM_INSTRUCTION_SETS
     const char *instruction_sets[]
     ctypedef struct Job:
-        Py_ssize_t n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead
+        Py_ssize_t n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead, turns
         int training, wide
         double eps, slope, factor
         const void *x
@@ -34,6 +34,7 @@ cdef extern from "dispatch.h" nogil:
         double *affine
         double *grads
         double *part
+        Py_ssize_t *writing
     ctypedef struct Kernels:
         Py_ssize_t lanes
         void (*prepare)(const Job *, int, int) noexcept nogil
@@ -117,7 +118,7 @@ def kernel(
     cdef Job job
     cdef const Py_ssize_t *p = <const Py_ssize_t *>data(plan)
     job.n, job.channels, job.s, job.threads, job.split, job.streaming = p[0], p[1], p[2], p[3], p[4], p[5]
-    job.run, job.columns, job.rows, job.block, job.blocks, job.ahead = p[6], p[7], p[8], p[9], p[10], p[11]
+    job.run, job.columns, job.rows, job.block, job.blocks, job.ahead, job.turns = p[6], p[7], p[8], p[9], p[10], p[11], p[12]
     job.training, job.wide, job.eps, job.slope, job.factor = training, wide, eps, slope, factor
     job.x, job.residual, job.dy, job.signs = data(x), data(residual), data(dy), <uint16_t *>data(signs)
     job.y, job.dx, job.dresidual = data(y), data(dx), data(dresidual)
@@ -128,6 +129,8 @@ def kernel(
     job.part = &room[0] if part is None else <double *>data(part)
     job.coef = job.part + 2 * (job.blocks + 1) * (job.columns or job.channels)
     job.streaming = job.streaming and can_stream(&job)
+    cdef Py_ssize_t writing = 0
+    job.writing = &writing
     cdef const Kernels *kernels = kernels_of(instruction_set, x.itemsize)
     cdef bint last = job.columns and job.rows * job.columns < job.n * job.channels * job.s
     cdef bint fused = reduce and apply and not job.split

@@ -19,14 +19,14 @@ enum { OUTPUT, GRADIENT, RESIDUAL };                              /* what is wri
 enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STREAMS }; /* row nest */
 enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
-enum { ROOM = 2048 };                                                          /* values of `part` on the stack */
+enum { ROOM = 2048, PATIENCE = 1 << 14 }; /* values of `part` on the stack; pauses until a thread has waited too long */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
 
 /* A call's plan, see fastbn/backends/_plan.py, and its arguments, see fastbn/backends/__init__.py; NULL for None. */
 typedef struct {
-    Index n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead;
+    Index n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead, turns;
     int training, wide;
     double eps, slope, factor;
     const void *x, *residual, *dy;
@@ -35,6 +35,7 @@ typedef struct {
     const void *weight, *bias; /* double if `wide`, else float; and so the running statistics */
     void *running_mean, *running_var, *coef;
     double *stats, *affine, *grads, *part;
+    Index *writing; /* whether a thread has its turn */
 } Job;
 
 /* The kernels of one value type and one instruction set. */
@@ -188,6 +189,16 @@ static inline int can_stream(const Job *job) {
     const void *out = job->y ? job->y : job->dx;
     return out != job->x && out != job->residual && out != job->dy;
 }
+
+/* Wait for this thread's turn to write; whether it came, for who has waited too long writes without. */
+static inline int take_turn(const Job *job) {
+    for (int i = 0; i < PATIENCE; i++) {
+        if (!__atomic_exchange_n(job->writing, 1, __ATOMIC_ACQUIRE)) return 1;
+        relax();
+    }
+    return 0;
+}
+static inline void end_turn(const Job *job) { __atomic_store_n(job->writing, 0, __ATOMIC_RELEASE); }
 
 /* Number of independent tasks of a phase. */
 static inline Index tasks_of(const Job *job, int phase) {

@@ -3,11 +3,6 @@
 #ifndef FASTBN_DISPATCH_H
 #define FASTBN_DISPATCH_H
 
-#include "common.h"
-#include "image_job.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
-
 #if !defined(__GNUC__)
 #error "the kernels are written with the vector extension of GCC and Clang"
 #endif
@@ -16,10 +11,17 @@
 #include <immintrin.h>
 #define X86 1
 #define fence() _mm_sfence()
+#define relax() _mm_pause() /* while another thread is waited for */
 #else
 #define X86 0
 #define fence() __atomic_thread_fence(__ATOMIC_RELEASE)
+#define relax() ((void)0)
 #endif
+
+#include "common.h"
+#include "image_job.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
 #if defined(__aarch64__)
 #include <arm_neon.h>

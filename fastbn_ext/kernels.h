@@ -551,9 +551,14 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
         NAME(finish_channel)(job, c, backward, 1);
         (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
     }
-    const Index height = max(1, BLOCK / job->s);
-    for (Index b = blocks_of(job->n, job->s, height, BLOCK) - 1; b >= 0; b--) /* the last first: it is in the cache */
+    const int turns = job->turns && job->streaming;
+    const Index height = max(1, min(BLOCK / job->s, turns ? job->n / 8 : job->n));
+    const Index blocks = blocks_of(job->n, job->s, height, BLOCK);
+    const int mine = turns && take_turn(job);
+    for (Index b = blocks - 1; b >= 0; b--) { /* the last first: it is in the cache */
         NAME(apply_run)(job, run, block_of(b, job->n, job->s, height, BLOCK), backward, 1);
+        if (mine && b == blocks / 8) end_turn(job); /* the next one may begin before this one ends */
+    }
 }
 
 /* Task t of a phase. */

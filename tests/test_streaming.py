@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -28,13 +28,22 @@ pytestmark = [
 
 
 @pytest.fixture
-def streaming(monkeypatch) -> Iterator[None]:
-    """Make the plan stream, as if the cache were small and the CPU one that gains by it."""
-    monkeypatch.setattr(_plan, "cache_bytes", lambda level: 1)
-    monkeypatch.setattr(_plan, "is_intel", lambda: False)
+def cache(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """Plan for a cache of so many bytes, and a CPU that gains by streaming."""
+
+    def plan_for(size: int) -> None:
+        monkeypatch.setattr(_plan, "cache_bytes", lambda level: size)
+        monkeypatch.setattr(_plan, "is_intel", lambda: False)
+        forget_plans()
+
+    yield plan_for
     forget_plans()
-    yield
-    forget_plans()
+
+
+@pytest.fixture
+def streaming(cache) -> None:
+    """Make the plan stream, as if the cache were small."""
+    cache(1)
 
 
 def forget_plans() -> None:
@@ -96,6 +105,47 @@ def test_streamed_results(case):
     s = math.prod(case.shape[2:]) if case.axis == 1 else 1
     assert _plan.plan(case.size // case.channels // s, case.channels, s, 4, 2, CPUS).streaming
     check_results(case)
+
+
+@pytest.mark.parametrize("case", (*LONG_ROWS, *SHORT_ROWS), ids=str)
+def test_threads_that_write_in_turn(case, cache, monkeypatch):
+    """As where the cache has the input, and not the output too."""
+    cache(2 * 4 * case.size)
+    monkeypatch.setattr(_plan, "SERIAL", 0)
+    n, c = case.shape[:2]
+    assert _plan.plan(n, c, case.size // n // c, 4, 2, 2).turns
+    assert not _plan.plan(n, c, case.size // n // c, 4, 2, 2, reduce=False).turns
+    data = case.make()
+    fastbn.set_num_threads(1)
+    results = everything(case, data)
+    fastbn.set_num_threads(2)
+    for got, want in zip(everything(case, data), results, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_turn_that_does_not_end_is_not_waited_for(backend):
+    """A thread writes without, should the system stop the other one."""
+    if backend != "numba":
+        return
+    from numba import float32, intp, njit
+
+    from fastbn.backends import _job, numba_
+    from fastbn.backends._buffers import Buffer, entry_of
+
+    x, turns = np.zeros(16, np.float32), np.zeros(3, np.intp)
+
+    @njit((Buffer(float32), Buffer(intp)))
+    def take_and_keep(x, turns):
+        wide = numba_.seen_as(x, np.float64)
+        job = _job.make_job(numba_.seen_as(x, np.intp), (
+            True, False, 0.0, 1.0, 0.0, x, x, x, x, x, x, numba_.seen_as(x, np.uint16), x, x, x, x, wide, wide, wide,
+            numba_.seen_as(x, np.intp),
+        ))  # fmt: skip
+        job.writing = numba_.seen_as(turns, np.intp)
+        turns[1], turns[2] = numba_.take_turn(job), numba_.take_turn(job)
+
+    entry_of(take_and_keep)(x, turns)
+    np.testing.assert_array_equal(turns, (1, 1, 0))
 
 
 def test_what_is_not_there_does_not_keep_numba_from_streaming(backend):

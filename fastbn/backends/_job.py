@@ -32,7 +32,7 @@ _DOUBLES = ("stats", "grads", "part", "affine")
 
 # What a kernel is called with, behind the plan, and its table of `PARTS`.
 ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1], "table")
-FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef")  # the last lie behind the statistics, and behind `part`
+FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef", "writing")  # two lie behind the statistics, and behind `part`
 
 
 def kinds_of(real):
@@ -41,6 +41,7 @@ def kinds_of(real):
         **dict.fromkeys(Plan._fields, types.intp),
         "split": types.boolean,
         "streaming": types.boolean,
+        "turns": types.boolean,
         **dict.fromkeys(_FLAGS, types.boolean),
         **dict.fromkeys(_NUMBERS, types.float64),
         **dict.fromkeys(_VALUES, types.CPointer(real)),
@@ -48,6 +49,7 @@ def kinds_of(real):
         **dict.fromkeys(_PARAMETERS, types.CPointer(types.float32)),
         **dict.fromkeys(_DOUBLES, types.CPointer(types.float64)),
         "table": types.CPointer(types.intp),
+        "writing": types.CPointer(types.intp),  # whether a thread has its turn
     }
 
 

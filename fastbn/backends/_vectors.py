@@ -297,6 +297,41 @@ def fence(typing):
 
 
 @intrinsic
+def taken(typing, flag):
+    """Set a flag that threads share; whether it was not set before."""
+
+    def build(context, builder, signature, args):
+        before = builder.atomic_rmw("xchg", args[0], _I64(1), "acquire")
+        return builder.icmp_signed("==", before, _I64(0))
+
+    return types.boolean(flag), build
+
+
+@intrinsic
+def freed(typing, flag):
+    """Clear a flag that threads share."""
+
+    def build(context, builder, signature, args):
+        builder.store_atomic(_I64(0), args[0], "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(flag), build
+
+
+@intrinsic
+def relax(typing):
+    """Wait a moment for another thread."""
+
+    def build(context, builder, signature, args):
+        if X86:
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, nothing, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
 def to_line(typing, x, i):
     """Number of values from ``x[i]`` to the next 64-byte boundary."""
     size = x.dtype.bitwidth // 8

@@ -76,6 +76,7 @@ from fastbn.backends._vectors import (
     finite,
     fma,
     foremost,
+    freed,
     given,
     last,
     like,
@@ -89,6 +90,7 @@ from fastbn.backends._vectors import (
     prefetch_part,
     present,
     put,
+    relax,
     rounded,
     same,
     scaled,
@@ -97,6 +99,7 @@ from fastbn.backends._vectors import (
     splat,
     store,
     store_where,
+    taken,
     team,
     to_line,
     total,
@@ -128,6 +131,7 @@ ZERO = np.intp(0)  # as an argument: functions are compiled once more for a lite
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
 COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
+PATIENCE = 1 << 14  # pauses that a thread waits for its turn at most, some hundred microseconds
 WIDEST = 2 * CHUNK + LANES  # room for the sums of a chunk
 MOST_CHANNELS = SLAB // ROW  # of a run
 SUMS = MOST_CHANNELS * LANES  # room for a vector of sums each
@@ -1012,6 +1016,16 @@ def reduce_run(job, c0, c1, b, backward):
 
 
 @point
+def take_turn(job):
+    """Wait for this thread's turn to write; whether it came, for who has waited too long writes without."""
+    for _ in range(PATIENCE):
+        if taken(job.writing):
+            return True
+        relax()
+    return False
+
+
+@point
 def run_at_once(job, t, backward):
     """Reduction and output of run t."""
     c0, c1 = run_of(job, t, job.run)
@@ -1023,10 +1037,15 @@ def run_at_once(job, t, backward):
             round_gradient(job, c, job.channels, c)
         else:
             round_affine(job, c, job.channels, c)
-    height = greater(1, BLOCK // job.s)
-    for b in range(blocks_of(job.n, job.s, height, BLOCK) - 1, -1, -1):  # the last first: it is in the nearest cache
+    turns = job.turns and job.streaming
+    height = greater(1, lesser(BLOCK // job.s, job.n // 8 if turns else job.n))
+    blocks = blocks_of(job.n, job.s, height, BLOCK)
+    mine = turns and take_turn(job)
+    for b in range(blocks - 1, -1, -1):  # the last first: it is in the nearest cache
         first, rows, column, length = block_of(b, job.n, job.s, height, BLOCK)
         apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))
+        if mine and b == blocks // 8:  # the next one may begin before this one ends
+            freed(job.writing)
 
 
 @part(FLAG, INDEX, INDEX)
@@ -1163,6 +1182,8 @@ def _kernel(
         job.part = scratch(job.part, ROOM)
     job.coef = seen_as(ahead_of(job.part, 2 * (job.blocks + 1) * (job.columns or job.channels)), x)
     job.streaming = job.streaming and can_stream(job)
+    job.writing = scratch(job.table, 1)
+    job.writing[0] = 0
     columns, threads = job.columns, job.threads
     last = columns and job.rows * columns < job.n * job.channels * job.s
     if backward and not reduce:
