@@ -69,7 +69,7 @@ MUTATIONS = (
         "a vector that two channels share",
         ("tests/test_functional.py",),
     ),
-    Mutation(NUMBA, "signs[final] >> (i - end)", "signs[final]", "signs of a vector that overlaps", FUSED),
+    Mutation(NUMBA, "store_where(out, at + i, rest, z)", "pass", "what is left of a row", FUSED),
     Mutation(NUMBA, "shifts[j - pixel]", "row[0]", "the columns of a channel share a shift", PRECISION),
     Mutation(NUMBA, "var *= count / (count - 1)", "pass", "running variance is unbiased", ("tests/test_layers.py",)),
     Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
@@ -105,7 +105,7 @@ MUTATIONS = (
     Mutation(C, "NAME(joined)(k, next, edge - i)", "k", "a vector that two channels share", FORWARD),
     Mutation(C, "ADD(1, STREAMS * each", "ADD(1, 0", "what is left of a row's quarters", FORWARD),
     Mutation(C, "slab.words : each / LANES", "slab.words : 0", "signs of a row's quarters", FUSED),
-    Mutation(C, "*sign = bits >> again", "*sign = bits", "signs of a vector that overlaps", FUSED),
+    Mutation(C, "NAME(store_where)(out + i, rest, z);", "", "what is left of a row", FUSED),
     Mutation(C, "(uint32_t)sign[word + 1] << LANES", "0u", "signs of a vector that begins within a word", FUSED),
     Mutation(
         C,

@@ -329,13 +329,6 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
 
 /* --- output ------------------------------------------------------------------------------------------------------- */
 
-/* Store a row's last vector, of which `rest` values are new. A streamed line is not touched again: see `finish_row` of
-   the twin. */
-point void NAME(finish_row)(REAL *x, V value, Index rest, int streaming) {
-    if (streaming) NAME(store_where)(x, NAME(last)(rest), value);
-    else NAME(store)(x, value);
-}
-
 typedef struct { V high, low, scale, mean, a, b; } NAME(Coefs); /* in every lane: see `coef` */
 #define Coefs NAME(Coefs)
 
@@ -376,8 +369,7 @@ point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *co
     if (!any && ((added && !other) || (signs && !sign))) __builtin_unreachable();
     const Index end = width - LANES, head = job->streaming ? to_line(out, sizeof(REAL)) : 0;
     const int streaming = job->streaming && !(sign && head);
-    const V none = -(V){0}, last = NAME(load)(x + end); /* x + -0 is x */
-    const V last_other = other ? NAME(load)(other + end) : none;
+    const V none = -(V){0}; /* x + -0 is x */
     Coefs k = NAME(coefs_at)(coef, pitch, 0, columns);
     Index i = streaming ? head : 0, edge = columns || what == RESIDUAL ? width : length; /* of what has the coefficients k */
 #define VALUE(i, coefs, sign) \
@@ -401,13 +393,12 @@ point void NAME(write_row)(const Job *job, Index at, Index width, const REAL *co
             }
             k = next, edge += length;
         }
-    if (i < width) { /* the last vector overlaps the one before it, but not its signs */
-        const Index again = i - end;
-        uint16_t bits = sign && what != OUTPUT ? (sign[-1] | (uint32_t)*sign << LANES) >> (LANES - again) : 0;
-        if (columns) k = NAME(coefs_at)(coef, pitch, end, 1);
-        const V z = NAME(value_of)(last, last_other, k, slope, sign ? &bits : 0, training, what);
-        NAME(finish_row)(out + end, z, width - i, streaming);
-        if (sign && what == OUTPUT) *sign = bits >> again;
+    if (i < width) { /* what is left, by lanes */
+        const M rest = NAME(foremost)(width - i);
+        const V added = other ? NAME(load_where)(other + i, rest) : none;
+        if (columns) k = NAME(coefs_at)(coef, pitch, i, 1);
+        const V z = NAME(value_of)(NAME(load_where)(x + i, rest), added, k, slope, sign, training, what);
+        NAME(store_where)(out + i, rest, z);
     }
 #undef VALUE
 }

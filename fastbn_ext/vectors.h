@@ -110,6 +110,24 @@ point M NAME(lanes)(void) {
 point M NAME(foremost)(Index k) { return NAME(lanes)() < (INTEGER)k; }
 point M NAME(last)(Index k) { return NAME(lanes)() >= (INTEGER)(LANES - k); }
 
+/* As load, in the lanes where the mask is true, and zero in the others, which are not read. */
+point V NAME(load_where)(const REAL *x, M mask) {
+#if VECTOR_BYTES == 64 && REAL_BYTES == 4
+    return (V)_mm512_maskz_loadu_ps(_mm512_movepi32_mask((__m512i)mask), x);
+#elif VECTOR_BYTES == 64
+    return (V)_mm512_maskz_loadu_pd(_mm512_movepi64_mask((__m512i)mask), x);
+#elif VECTOR_BYTES == 32 && REAL_BYTES == 4
+    return (V)_mm256_maskload_ps(x, (__m256i)mask);
+#elif VECTOR_BYTES == 32
+    return (V)_mm256_maskload_pd(x, (__m256i)mask);
+#else
+    V value = {0};
+    for (Index k = 0; k < LANES; k++)
+        if (mask[k]) value[k] = x[k];
+    return value;
+#endif
+}
+
 /* As store, in the lanes where the mask is true: other bytes are not touched. */
 point void NAME(store_where)(REAL *x, M mask, V value) {
 #if VECTOR_BYTES == 64 && REAL_BYTES == 4

@@ -80,11 +80,12 @@ def cut(
     """The `plan` of these arguments as kernels take it, and how many float64 values of room they need: `part`.
 
     That is for the sums of every block, and of the values that fill no row of the column nest; and for coefficients.
-    Kernels that need no more than `ROOM` take None (a layer's call on 32x64: 0.25 us less).
+    Whole vectors are loaded of those. Kernels that need no more than `ROOM` take None (a layer's call on 32x64: 0.25 us
+    less).
     """
     made = plan(n, c, s, itemsize, arrays, threads, signs, reduce)
     width = made.columns or c
-    return np.array(made, np.intp), 2 * (made.blocks + 1) * width + -(-COEFFICIENTS * width * itemsize // 8)
+    return np.array(made, np.intp), 2 * (made.blocks + 1) * width + -(-(COEFFICIENTS * width + LANES) * itemsize // 8)
 
 
 def plan(

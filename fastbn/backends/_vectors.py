@@ -226,6 +226,22 @@ def store_where(typing, x, i, mask, value):
 
 
 @intrinsic
+def load_where(typing, x, i, mask):
+    """As `load`, in the lanes where `mask` is true, and zero in the others, which are not read."""
+    vector = Vector(x.dtype)
+
+    def build(context, builder, signature, args):
+        address = _vector_pointer(builder, args[0], args[1], vector.llvm)
+        function = ir.FunctionType(vector.llvm, [address.type, _I32, mask.llvm, vector.llvm])
+        name = f"llvm.masked.load.{_SUFFIX[x.dtype]}.p0"
+        llvm = cgutils.get_or_insert_function(builder.module, function, name)
+        zero = ir.Constant(vector.llvm, None)
+        return builder.call(llvm, [address, _I32(x.dtype.bitwidth // 8), args[2], zero])
+
+    return vector(x, types.intp, mask), build
+
+
+@intrinsic
 def put(typing, x, i, value, streaming):
     """As `store`; if `streaming`, past the cache: ``x[i]`` lies on a 64-byte boundary then; a `fence` must follow."""
 
