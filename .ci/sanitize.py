@@ -27,7 +27,7 @@ CANARY = """
 import numpy as np
 from fastbn_ext import _kernels
 few = np.zeros(4)
-plan = np.zeros(12, np.intp)
+plan = np.zeros(13, np.intp)
 plan[1] = 1000  # channels
 _kernels.kernel(False, False, False, plan, True, True, 0.0, 1.0, 0.0, few, *(None,) * 6, *(few,) * 5, None, few)
 """
