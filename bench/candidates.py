@@ -120,7 +120,8 @@ def _fastbn_layer(row: Row, p: Problem, choose: Callable[[], None]) -> Candidate
     bn = make(row.case.channels, eps=EPS, axis=row.case.axis, dtype=p.x.dtype, activation=relu)
     bn.weight, bn.bias, bn.running_mean[:], bn.running_var[:] = p.weight, p.bias, p.mean, p.var
     residual = p.residual if row.add else None
-    forward = functools.partial(bn, p.x, residual=residual, out=p.out)
+    out = None if row.table == "layer" else p.out  # a layer is called as PyTorch's is, which takes none
+    forward = functools.partial(bn, p.x, residual=residual, out=out)
     if row.kind != "backward":
         bn.train(row.kind == "train")
         return Candidate(forward, choose)
@@ -130,7 +131,7 @@ def _fastbn_layer(row: Row, p: Problem, choose: Callable[[], None]) -> Candidate
         bn(p.x, residual=residual, out=p.y)
 
     if row.table == "layer":
-        return Candidate(lambda: bn.backward(p.dy, out=p.out), before, once=True, result=_first)
+        return Candidate(lambda: bn.backward(p.dy), before, once=True, result=_first)
     before()
     saved = bn._saved
 
