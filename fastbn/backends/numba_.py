@@ -1014,6 +1014,12 @@ def take_turn(job):
 
 
 @point
+def end_turn(job):
+    """Let the other thread write."""
+    freed(job.writing)
+
+
+@point
 def run_at_once(job, t, backward):
     """Reduction and output of run t."""
     c0, c1 = run_of(job, t, job.run)
@@ -1033,7 +1039,7 @@ def run_at_once(job, t, backward):
         first, rows, column, length = block_of(b, job.n, job.s, height, BLOCK)
         apart(apply_run, (job, c0, c1, first, rows, column, length, backward, True))
         if mine and b == blocks // 8:  # the next one may begin before this one ends
-            freed(job.writing)
+            end_turn(job)
 
 
 @part(FLAG, INDEX, INDEX)
