@@ -17,7 +17,7 @@ from copies import build_extension, copy_tree
 
 # -O1 keeps what the sanitizers look at.
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# What gives the C kernels their shapes, types, strides and odd values, in three minutes. All tests took half an hour, and
+# What gives the C kernels their shapes, types, strides and odd values, in three minutes. All took half an hour, and
 # those of time, of memory and of processes failed: freed memory is kept aside for a while, and all is slower. Numba's
 # kernels are not C.
 SELECTED = "not numba and not numpy"
