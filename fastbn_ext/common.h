@@ -129,11 +129,18 @@ point Slab slab_of(const Job *job, Index c0, Index first, Index lanes) {
     return (Slab){first * stride + c0 * s, stride, first * words + c0 / job->run * slab, words};
 }
 
-/* Rows are read so many at a time, a bundle, each from a stream of its own: bundle b has row b of every stream, which are
-   equal parts of all rows. What is left over is the last bundle. */
-point Index bundles_of(Index rows, Index streams) { return (rows + streams - 1) / streams; }
+/* Rows are read so many at a time, a bundle, each from a stream of its own: bundle b has row b of every stream. Streams are
+   of as many rows, an odd number (design, G); what is left over is the last bundle. */
+point Index rows_of_stream(Index rows, Index streams) {
+    const Index most = rows / streams;
+    return most ? (most - 1) | 1 : 0;
+}
+point Index bundles_of(Index rows, Index streams) {
+    const Index whole = rows_of_stream(rows, streams);
+    return whole + (whole * streams < rows);
+}
 point Bundle bundle_at(Index b, Index rows, Index streams) {
-    const Index whole = rows / streams;
+    const Index whole = rows_of_stream(rows, streams);
     return b < whole ? (Bundle){b, whole, streams} : (Bundle){whole * streams, 1, rows - whole * streams};
 }
 
