@@ -24,8 +24,9 @@ G. Several rows are read at a time: one stream after the other leaves memory idl
    every line (float64, 32x64x56x56: in every other one training took 1.50 and inference 1.18 copies, now 1.38, 1.06). A
    row that is left over is four streams by itself (1x64x56x56, training: 6.1 to 5.0, backward 7.6 to 7.0 ns). Of
    rows of columns it is `COLUMN_STREAMS` (56x56x64 channels last, statistics: 0.7 copies in one stream, 0.53 in eight;
-   sums of gradients: 1.5 and 1.05), an odd number of rows apart: whole pages apart, they would share their places in the
-   nearest cache (Zen 4, ns for 16 values on a thread: 4096x256, training 4.35 to 4.2, backward 5.9 to 5.5). Prefetching helps sums of gradients from memory (65536x256, backward 12.3 to 11.6), and costs elsewhere.
+   sums of gradients: 1.5 and 1.05), an odd number of rows apart: whole pages apart, they would share their places in
+   the nearest cache (Zen 4, ns for 16 values on a thread: 4096x256, training 4.35 to 4.2, backward 5.9 to 5.5).
+   Prefetching helps sums of gradients from memory (65536x256, backward 12.3 to 11.6), and costs elsewhere.
 H. The kernel is one or two phases, and a phase a loop over independent tasks: the only place with threads. To spare the
    compiler, one kernel serves all operations, its arguments are a `Job`, and each `part` is compiled by itself.
 I. A run's output goes backwards, row by row, after its reduction: what was read last is still in the nearest cache.
