@@ -19,8 +19,9 @@ from setuptools.errors import CompileError, LinkError
 
 # No -march=native and no -ffast-math: the kernels choose their instruction set when they run, and rounding is theirs.
 # They say which products and sums are fused: a compiler that chooses may fuse differently at the end of a row.
+# A square root sets no errno, so that loops of them become vectors.
 # Debug sections would carry the paths of the machine that built.
-OPTIMISE = ["-O3", "-ffp-contract=off", "-g0"]
+OPTIMISE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-g0"]
 
 # For GCC. A loop of seven instructions that crosses a line of the cache takes half as long again on Zen 3, so that it
 # was chance how fast a build was: 32x256x13x13, inference, 2.3 or 3.7 ns for 16 values on a thread, training 5.8 or

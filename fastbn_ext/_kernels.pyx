@@ -25,8 +25,8 @@ cdef extern from "dispatch.h" nogil:
         void *dx
         void *dresidual
         uint16_t *signs
-        const void *weight
-        const void *bias
+        void *weight
+        void *bias
         void *running_mean
         void *running_var
         void *coef
@@ -40,7 +40,7 @@ cdef extern from "dispatch.h" nogil:
         void (*prepare)(const Job *, int, int) noexcept nogil
         void (*task)(const Job *, int, int, Py_ssize_t) noexcept nogil
         void (*last_row)(const Job *, int, int) noexcept nogil
-        void (*finish_channel)(const Job *, Py_ssize_t, int, int) noexcept nogil
+        void (*finish_channels)(const Job *, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
     int has_instruction_set(int index)
     int best_instruction_set()
@@ -112,8 +112,9 @@ def kernel(
 ):
     """Reduction (statistics, or sums of gradients) and output, or one of them.
 
-    Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two, or
-    `norm` from the running statistics if they are given.
+    A backward pass writes the gradients of weight and bias into `weight` and `bias`, and A and B into the last two rows of
+    `grads`. Sums of gradients alone become its first two; the output alone takes A and B from it, or `norm` from the
+    running statistics if they are given.
     """
     cdef Job job
     cdef const Py_ssize_t *p = <const Py_ssize_t *>data(plan)
@@ -158,8 +159,7 @@ def kernel(
             if last:
                 kernels.last_row(&job, backward, phase)
             if step == 0 and not fused:
-                for t in range(job.channels):
-                    kernels.finish_channel(&job, t, backward, apply)
+                kernels.finish_channels(&job, 0, job.channels, backward, apply)
 
 
 def image_sums(

@@ -20,6 +20,7 @@ enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STR
 enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
 enum { ROOM = 2048, PATIENCE = 1 << 14 }; /* values of `part` on the stack; pauses until a thread has waited too long */
+enum { TOGETHER = 64 };                              /* channels that are finished at a time: their loops become vectors */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
@@ -32,8 +33,8 @@ typedef struct {
     const void *x, *residual, *dy;
     void *y, *dx, *dresidual;
     uint16_t *signs;
-    const void *weight, *bias; /* double if `wide`, else float; and so the running statistics */
-    void *running_mean, *running_var, *coef;
+    void *weight, *bias, *running_mean, *running_var; /* double if `wide`, else float; in a backward pass dweight, dbias */
+    void *coef;
     double *stats, *affine, *grads, *part;
     Index *writing; /* whether a thread has its turn */
 } Job;
@@ -44,10 +45,9 @@ typedef struct {
     void (*prepare)(const Job *, int backward, int phase);
     void (*task)(const Job *, int backward, int phase, Index t);
     void (*last_row)(const Job *, int backward, int phase);
-    void (*finish_channel)(const Job *, Index c, int backward, int apply);
+    void (*finish_channels)(const Job *, Index c0, Index c1, int backward, int apply);
 } Kernels;
 
-typedef struct { Index count; double mean, m2; } Moments;
 typedef struct { Index first, rows, column, length; } Block; /* rows of values of a channel */
 typedef struct { Index c0, c1; } Run;                        /* neighbouring channels */
 typedef struct { Index turn, after; } Ahead;
@@ -154,25 +154,32 @@ point Chunk chunk_of(const Job *job, Index t) {
     return (Chunk){first, min(job->block, job->rows - first), begin, width, job->part + 2 * b * columns + begin};
 }
 
-/* Number of values behind part b of a channel or column; one in the part of the values that fill no row. */
+/* Values that fill no row of the column nest: whole pixels. */
+point Index rest_of(const Job *job) { return job->n * job->channels * job->s - job->rows * job->columns; }
+
+/* Parts of every channel: blocks, and what fills no row. */
+point Index parts_of(const Job *job) { return job->blocks + (job->columns && rest_of(job)); }
+
+/* Number of values of a channel in part b. */
 point Index size_of(const Job *job, Index b) {
-    if (job->columns) return b < job->blocks ? min(job->block, job->rows - b * job->block) : 1;
-    const Block k = block_to_reduce(job, b);
-    return k.rows * k.length;
+    if (!job->columns) {
+        const Block k = block_to_reduce(job, b);
+        return k.rows * k.length;
+    }
+    if (b == job->blocks) return rest_of(job) / job->channels;
+    return job->columns / job->channels * min(job->block, job->rows - b * job->block);
 }
 
-/* Count, and sums (mean and m2 in the row nest), of channel c in part b, its columns together. */
-point Moments sums_of(const Job *job, Index c, Index b) {
-    const Index channels = job->channels, length = job->s, width = job->columns ? job->columns : channels;
-    const double *part = job->part + 2 * b * width;
-    if (!job->columns) return (Moments){size_of(job, b), part[c], part[c + width]};
-    const Index end = b < job->blocks ? width : job->n * channels * length - job->rows * width;
-    Moments sums = {0};
-    for (Index begin = c * length; begin < end; begin += channels * length) {
-        sums.count += length * size_of(job, b);
-        for (Index j = begin; j < begin + length; j++) sums.mean += part[j], sums.m2 += part[j + width];
-    }
-    return sums;
+/* Two sums (mean and m2 in the row nest) of so many channels from c0 on in part b, their columns together. */
+point void sums_of(const Job *job, Index c0, Index count, Index b, double *first, double *second) {
+    const Index columns = job->columns, channels = job->channels, width = columns ? columns : channels;
+    const Index length = columns ? job->s : 1, end = columns && b == job->blocks ? rest_of(job) : width;
+    for (Index k = 0; k < count; k++) first[k] = second[k] = 0;
+    for (Index pixel = 0; pixel < end; pixel += channels * length)
+        for (Index j = 0; j < length; j++) {
+            const double *part = job->part + 2 * b * width + pixel + c0 * length + j;
+            for (Index k = 0; k < count; k++) first[k] += part[k * length], second[k] += part[k * length + width];
+        }
 }
 
 /* Kind of output, or of a gradient where there are signs. GCC leaves tests of what never changes in loops of many (inference
@@ -218,16 +225,16 @@ static inline Index tasks_of(const Job *job, int phase) {
     }
 }
 
-/* Moments of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite. */
-point void merge(Moments *a, Moments b) {
-    if (a->count == 0) {
-        *a = b;
-        return;
+/* Moments of so many channels in two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite. */
+point void merge(Index count, Index size_a, double *mean_a, double *m2_a, Index size_b, const double *mean_b,
+                 const double *m2_b) {
+    const double share = (double)size_b / (size_a + size_b), weight = size_a * share;
+    for (Index k = 0; k < count; k++) {
+        const double delta = mean_b[k] - mean_a[k], m2 = m2_a[k] + m2_b[k] + delta * delta * weight;
+        const double mean = mean_a[k] + delta * share, sum = mean_a[k] + mean_b[k];
+        m2_a[k] = isfinite(delta) ? m2 : NAN;
+        mean_a[k] = isfinite(delta) ? mean : sum;
     }
-    const double delta = b.mean - a->mean, share = (double)b.count / (a->count + b.count);
-    a->m2 = isfinite(delta) ? a->m2 + b.m2 + delta * delta * (a->count * share) : NAN;
-    a->mean = isfinite(delta) ? a->mean + delta * share : a->mean + b.mean;
-    a->count += b.count;
 }
 
 /* Mean and m2 from sums of deviations from `shift` and of their squares. */
@@ -249,57 +256,77 @@ point void set_parameter(const Job *job, void *values, Index c, double value) {
     else ((float *)values)[c] = (float)value;
 }
 
-/* `stats` of channel c, and `affine` around 0 with the bias as its shift. */
-point void normalisation(const Job *job, Index c, double mean, double var) {
-    const double invstd = 1 / sqrt(var + job->eps);
-    double *stats = job->stats + c, *affine = job->affine + c;
-    stats[0] = mean;
-    stats[job->channels] = var;
-    stats[2 * job->channels] = invstd;
-    affine[0] = 0;
-    affine[job->channels] = parameter(job, job->weight, c, 1) * invstd;
-    affine[2 * job->channels] = parameter(job, job->bias, c, 0);
+/* `stats` of so many channels from c0 on, and `affine` around 0 with the bias as its shift. */
+point void normalisation(const Job *job, Index c0, Index count, const double *mean, const double *var) {
+    double invstd[TOGETHER];
+    for (Index k = 0; k < count; k++) invstd[k] = 1 / sqrt(var[k] + job->eps);
+    double *stats = job->stats + c0, *affine = job->affine + c0;
+    for (Index k = 0; k < count; k++) {
+        stats[k] = mean[k];
+        stats[k + job->channels] = var[k];
+        stats[k + 2 * job->channels] = invstd[k];
+        affine[k] = 0;
+        affine[k + job->channels] = parameter(job, job->weight, c0 + k, 1) * invstd[k];
+        affine[k + 2 * job->channels] = parameter(job, job->bias, c0 + k, 0);
+    }
 }
 
-/* Move the running statistics of channel c towards the batch's, the variance unbiased, by `factor`. */
-point void update_running(const Job *job, Index c, double mean, double var) {
-    const double count = (double)job->n * job->s, factor = job->factor;
-    const double mean_before = parameter(job, job->running_mean, c, 0);
-    const double var_before = parameter(job, job->running_var, c, 0);
-    set_parameter(job, job->running_mean, c, (1 - factor) * mean_before + factor * mean);
-    set_parameter(job, job->running_var, c, (1 - factor) * var_before + factor * (count / (count - 1) * var));
+/* Move the running statistics towards the batch's, the variance unbiased, by `factor`. */
+point void update_running(const Job *job, Index c0, Index count, const double *mean, const double *var) {
+    const double size = (double)job->n * job->s, unbiased = size / (size - 1), factor = job->factor;
+    for (Index k = 0, c = c0; k < count; k++, c++) {
+        const double mean_before = parameter(job, job->running_mean, c, 0);
+        const double var_before = parameter(job, job->running_var, c, 0);
+        set_parameter(job, job->running_mean, c, (1 - factor) * mean_before + factor * mean[k]);
+        set_parameter(job, job->running_var, c, (1 - factor) * var_before + factor * (unbiased * var[k]));
+    }
 }
 
-/* All that follows from the moments of channel c. */
-point void finish_statistics(const Job *job, Index c, double mean, double m2) {
-    const double var = m2 / ((double)job->n * job->s);
-    normalisation(job, c, mean, var);
-    job->affine[c] = mean;
-    if (job->running_mean) update_running(job, c, mean, var);
+/* All that follows from the moments of so many channels from c0 on. */
+point void finish_statistics(const Job *job, Index c0, Index count, const double *mean, const double *m2) {
+    const double size = (double)job->n * job->s;
+    double var[TOGETHER];
+    for (Index k = 0; k < count; k++) var[k] = m2[k] / size;
+    normalisation(job, c0, count, mean, var);
+    for (Index k = 0; k < count; k++) job->affine[c0 + k] = mean[k];
+    if (job->running_mean) update_running(job, c0, count, mean, var);
 }
 
 /* Inference: `stats` and `affine` from the running statistics; the center is 0. */
 static inline void fold(const Job *job) {
-    double *affine = job->affine;
-    for (Index c = 0; c < job->channels; c++) {
-        const double mean = parameter(job, job->running_mean, c, 0);
-        normalisation(job, c, mean, parameter(job, job->running_var, c, 1));
-        affine[2 * job->channels + c] -= mean * affine[job->channels + c];
+    double *affine = job->affine, mean[TOGETHER], var[TOGETHER];
+    for (Index c0 = 0; c0 < job->channels; c0 += TOGETHER) {
+        const Index count = min(TOGETHER, job->channels - c0);
+        for (Index k = 0; k < count; k++) {
+            mean[k] = parameter(job, job->running_mean, c0 + k, 0);
+            var[k] = parameter(job, job->running_var, c0 + k, 1);
+        }
+        normalisation(job, c0, count, mean, var);
+        for (Index k = 0, c = c0; k < count; k++, c++)
+            affine[2 * job->channels + c] -= mean[k] * affine[job->channels + c];
     }
 }
 
-/* All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, and A, B of
-   dx = SCALE * dy + A * (x - MEAN) + B. */
-point void finish_gradient(const Job *job, Index c, double rounded_mean, double sum_dy, double dot) {
-    const double count = (double)job->n * job->s, invstd = job->stats[2 * job->channels + c];
-    const double scale = job->affine[job->channels + c], low = job->stats[c] - rounded_mean;
-    double *grads = job->grads + c;
-    dot -= low * sum_dy;
-    const double a = -scale * invstd * invstd * dot / count;
-    grads[0] = dot * invstd;
-    grads[job->channels] = sum_dy;
-    grads[2 * job->channels] = a;
-    grads[3 * job->channels] = -scale * sum_dy / count - a * low;
+/* All that follows from the sums of dy and dy * (x - MEAN), where MEAN is `low` less than the mean: dweight, dbias, and A, B
+   of dx = SCALE * dy + A * (x - MEAN) + B. */
+point void finish_gradients(const Job *job, Index c0, Index count, const double *low, const double *sum_dy,
+                            const double *dot) {
+    const double size = (double)job->n * job->s, *invstd = job->stats + 2 * job->channels + c0;
+    const double *scale = job->affine + job->channels + c0;
+    double dweight[TOGETHER], a[TOGETHER], b[TOGETHER];
+    for (Index k = 0; k < count; k++) {
+        const double sum = dot[k] - low[k] * sum_dy[k];
+        dweight[k] = sum * invstd[k];
+        a[k] = -scale[k] * invstd[k] * invstd[k] * sum / size;
+        b[k] = -scale[k] * sum_dy[k] / size - a[k] * low[k];
+    }
+    double *grads = job->grads + c0;
+    for (Index k = 0; k < count; k++) {
+        set_parameter(job, job->weight, c0 + k, dweight[k]);
+        set_parameter(job, job->bias, c0 + k, sum_dy[k]);
+        grads[k + 2 * job->channels] = a[k];
+        grads[k + 3 * job->channels] = b[k];
+    }
 }
 
 #endif

@@ -508,31 +508,43 @@ static void NAME(apply_group)(const Job *job, Index t, int backward) {
 
 /* --- phases ------------------------------------------------------------------------------------------------------- */
 
-/* The parts of channel c together, in order, and what follows from them if output is wanted. */
-static void NAME(finish_channel)(const Job *job, Index c, int backward, int apply) {
-    const Index columns = job->columns, channels = job->channels, s = job->s;
-    const Index rest = columns ? job->n * channels * s - job->rows * columns : 0;
-    Moments total = {0};
-    double sum_dy = 0, dot = 0;
-    for (Index b = 0; b < job->blocks + (c * s < rest); b++) {
-        Moments one = sums_of(job, c, b); /* or sums of dy and dy * (x - MEAN) */
-        if (backward) sum_dy += one.mean, dot += one.m2;
-        else {
-            const REAL *first = (const REAL *)job->x + min(b * job->block, job->rows) * columns + c * s;
-            if (columns) moments_of(NAME(shift_of)(first), one.count, one.mean, one.m2, &one.mean, &one.m2);
-            merge(&total, one);
-        }
+/* Mean and m2 of so many channels from c0 on in part b; or sums of dy and dy * (x - MEAN). */
+point void NAME(part_of)(const Job *job, Index c0, Index count, Index b, int backward, double *first, double *second) {
+    sums_of(job, c0, count, b, first, second);
+    if (backward || !job->columns) return;
+    const REAL *x = (const REAL *)job->x + min(b * job->block, job->rows) * job->columns + c0 * job->s;
+    for (Index k = 0, size = size_of(job, b); k < count; k++, x += job->s)
+        moments_of(NAME(shift_of)(x), size, first[k], second[k], first + k, second + k);
+}
+
+/* The parts of so many channels from c0 on together, in order, and what follows from them if output is wanted. */
+point void NAME(finish_together)(const Job *job, Index c0, Index count, int backward, int apply) {
+    double first[TOGETHER], second[TOGETHER], one[TOGETHER], two[TOGETHER], low[TOGETHER];
+    NAME(part_of)(job, c0, count, 0, backward, first, second);
+    for (Index b = 1, size = size_of(job, 0); b < parts_of(job); size += size_of(job, b++)) {
+        NAME(part_of)(job, c0, count, b, backward, one, two);
+        if (!backward) merge(count, size, first, second, size_of(job, b), one, two);
+        else
+            for (Index k = 0; k < count; k++) first[k] += one[k], second[k] += two[k];
     }
-    if (apply && backward) finish_gradient(job, c, (REAL)job->stats[c], sum_dy, dot);
-    else if (apply) finish_statistics(job, c, total.mean, total.m2);
-    else if (backward) {
-        const double mean = job->stats[c];
-        job->grads[c] = sum_dy;
-        job->grads[channels + c] = dot - (mean - (REAL)mean) * sum_dy;
-    } else {
-        job->stats[c] = total.mean;
-        job->stats[channels + c] = total.m2;
+    for (Index k = 0; k < count && backward; k++) low[k] = job->stats[c0 + k] - (REAL)job->stats[c0 + k];
+    if (apply) {
+        if (backward) finish_gradients(job, c0, count, low, first, second);
+        else finish_statistics(job, c0, count, first, second);
+        return;
     }
+    double *sums = (backward ? job->grads : job->stats) + c0;
+    for (Index k = 0; k < count; k++, sums++) {
+        sums[0] = first[k];
+        sums[job->channels] = backward ? second[k] - low[k] * first[k] : second[k];
+    }
+}
+
+/* `finish_together` for channels c0 to c1. One alone has no loops (1x64x56x56, training and backward: 4 % less). */
+static void NAME(finish_channels)(const Job *job, Index c0, Index c1, int backward, int apply) {
+    if (c1 - c0 == 1) NAME(finish_together)(job, c0, 1, backward, apply);
+    else
+        for (Index c = c0; c < c1; c += TOGETHER) NAME(finish_together)(job, c, min(TOGETHER, c1 - c), backward, apply);
 }
 
 /* Mean and m2, or sums of gradients, of block b of a run of channels, into `part` (blocks, 2, channels). */
@@ -544,10 +556,8 @@ static void NAME(reduce_run)(const Job *job, Run run, Index b, int backward) {
 static void NAME(run_at_once)(const Job *job, Index t, int backward) {
     const Run run = run_of(job, t, job->run);
     for (Index b = 0; b < job->blocks; b++) NAME(reduce_run)(job, run, b, backward);
-    for (Index c = run.c0; c < run.c1; c++) {
-        NAME(finish_channel)(job, c, backward, 1);
-        (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
-    }
+    NAME(finish_channels)(job, run.c0, run.c1, backward, 1);
+    for (Index c = run.c0; c < run.c1; c++) (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
     const int turns = job->turns && job->streaming;
     const Index height = max(1, min(BLOCK / job->s, turns ? job->n / 8 : job->n));
     const Index blocks = blocks_of(job->n, job->s, height, BLOCK);
@@ -631,7 +641,7 @@ static void NAME(last_row)(const Job *job, int backward, int phase) {
     NAME(unpadded)(job, row.dresidual, job->dresidual);
 }
 
-static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish_channel)};
+static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish_channels)};
 
 #undef V
 #undef M

@@ -153,13 +153,10 @@ class Operations:
     ) -> None:
         """Gradients of input, residual, weight and bias."""
         kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
-        grads = np.empty((4, c))
         kernel(
-            True, True, True, plan, training, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
-            None, None, None, None, norm, grads, part,
+            True, True, True, plan, training, dweight.itemsize == 8, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual,
+            signs, dweight, dbias, None, None, norm, np.empty((4, c)), part,
         )  # fmt: skip
-        dweight[:] = grads[0]
-        dbias[:] = grads[1]
 
     def gradient_sums(
         self,

@@ -131,12 +131,13 @@ CHANNELS, COLUMNS = map(np.intp, range(2))
 # Phases.
 FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS = map(np.intp, range(5))
 INDEX, FLAG = types.intp, types.boolean  # arguments of parts
-ZERO = np.intp(0)  # as an argument: functions are compiled once more for a literal one
+ZERO, ONE = map(np.intp, range(2))  # as arguments: functions are compiled once more for literal ones
 
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
 COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 GROUP = 1 << 14  # values of a task of the column nest
 PATIENCE = 1 << 14  # pauses that a thread waits for its turn at most, some hundred microseconds
+TOGETHER = 64  # channels that are finished at a time: their loops become vectors
 WIDEST = 2 * CHUNK + LANES  # room for the sums of a chunk
 MOST_CHANNELS = SLAB // ROW  # of a run
 SUMS = MOST_CHANNELS * LANES  # room for a vector of sums each
@@ -157,16 +158,16 @@ def greater(a, b):
 # --- channel arithmetic -------------------------------------------------------------------------------------------
 
 
-@loop
-def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Mean and m2 of two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays infinite."""
-    if count_a == 0:
-        return mean_b, m2_b
-    delta = mean_b - mean_a
-    share = count_b / (count_a + count_b)
-    if not math.isfinite(delta):
-        return mean_a + mean_b, np.nan
-    return mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+@point
+def merge(count, size_a, mean_a, m2_a, size_b, mean_b, m2_b):
+    """Moments of so many channels in two parts together (Chan, Golub and LeVeque 1983); an infinite mean stays so."""
+    share = size_b / (size_a + size_b)
+    weight = size_a * share
+    for k in range(count):
+        delta = mean_b[k] - mean_a[k]
+        m2, mean = m2_a[k] + m2_b[k] + delta * delta * weight, mean_a[k] + delta * share
+        m2_a[k] = m2 if math.isfinite(delta) else np.nan
+        mean_a[k] = mean if math.isfinite(delta) else mean_a[k] + mean_b[k]
 
 
 @point
@@ -195,60 +196,78 @@ def set_parameter(job, values, c, value):
 
 
 @point
-def finish_statistics(job, c, mean, m2):
-    """All that follows from the moments of channel c."""
-    var = m2 / (job.n * job.s)
-    normalisation(job, c, mean, var)
-    job.affine[c] = mean
+def finish_statistics(job, c0, count, mean, m2):
+    """All that follows from the moments of so many channels from c0 on."""
+    size, var = np.float64(job.n * job.s), scratch(job.stats, TOGETHER)
+    for k in range(count):
+        var[k] = m2[k] / size
+    normalisation(job, c0, count, mean, var)
+    for k in range(count):
+        job.affine[c0 + k] = mean[k]
     if present(job.running_mean):
-        update_running(job, c, mean, var)
+        update_running(job, c0, count, mean, var)
 
 
 @point
-def normalisation(job, c, mean, var):
-    """`stats` of channel c, and `affine` around 0 with the bias as its shift."""
-    invstd = 1.0 / math.sqrt(var + job.eps)
-    stats, affine, channels = job.stats, job.affine, job.channels
-    stats[c], stats[channels + c], stats[2 * channels + c] = mean, var, invstd
-    affine[c] = 0.0
-    affine[channels + c] = parameter(job, job.weight, c, 1.0) * invstd
-    affine[2 * channels + c] = parameter(job, job.bias, c, 0.0)
+def normalisation(job, c0, count, mean, var):
+    """`stats` of so many channels from c0 on, and `affine` around 0 with the bias as its shift."""
+    invstd = scratch(job.stats, TOGETHER)
+    for k in range(count):
+        invstd[k] = 1.0 / math.sqrt(var[k] + job.eps)
+    stats, affine, channels = ahead_of(job.stats, c0), ahead_of(job.affine, c0), job.channels
+    for k in range(count):
+        stats[k], stats[channels + k], stats[2 * channels + k] = mean[k], var[k], invstd[k]
+        affine[k] = 0.0
+        affine[channels + k] = parameter(job, job.weight, c0 + k, 1.0) * invstd[k]
+        affine[2 * channels + k] = parameter(job, job.bias, c0 + k, 0.0)
 
 
 @point
-def update_running(job, c, mean, var):
-    """Move the running statistics of channel c towards the batch's, the variance unbiased, by `factor`."""
-    count, factor = job.n * job.s, job.factor
-    var *= count / (count - 1)
-    mean_before, var_before = parameter(job, job.running_mean, c, 0.0), parameter(job, job.running_var, c, 0.0)
-    set_parameter(job, job.running_mean, c, (1.0 - factor) * mean_before + factor * mean)
-    set_parameter(job, job.running_var, c, (1.0 - factor) * var_before + factor * var)
+def update_running(job, c0, count, mean, var):
+    """Move the running statistics towards the batch's, the variance unbiased, by `factor`."""
+    size, factor = np.float64(job.n * job.s), job.factor
+    unbiased = size / (size - 1.0)
+    for k in range(count):
+        c = c0 + k
+        mean_before, var_before = parameter(job, job.running_mean, c, 0.0), parameter(job, job.running_var, c, 0.0)
+        set_parameter(job, job.running_mean, c, (1.0 - factor) * mean_before + factor * mean[k])
+        set_parameter(job, job.running_var, c, (1.0 - factor) * var_before + factor * (unbiased * var[k]))
 
 
 @part()
 def fold(job):
     """Inference: `stats` and `affine` from the running statistics; the center is 0."""
-    affine, channels = job.affine, job.channels
-    for c in range(channels):
-        mean = parameter(job, job.running_mean, c, 0.0)
-        normalisation(job, c, mean, parameter(job, job.running_var, c, 1.0))
-        affine[2 * channels + c] -= mean * affine[channels + c]
+    mean, var = scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER)
+    scale, shift = ahead_of(job.affine, job.channels), ahead_of(job.affine, 2 * job.channels)
+    for c0 in range(0, job.channels, TOGETHER):
+        count = lesser(TOGETHER, job.channels - c0)
+        for k in range(count):
+            mean[k] = parameter(job, job.running_mean, c0 + k, 0.0)
+            var[k] = parameter(job, job.running_var, c0 + k, 1.0)
+        normalisation(job, c0, count, mean, var)
+        for k in range(count):
+            shift[c0 + k] -= mean[k] * scale[c0 + k]
 
 
 @point
-def finish_gradient(job, c, sum_dy, dot):
-    """All that follows from the sums of dy and dy * (x - MEAN): dweight, dbias, A and B.
+def finish_gradients(job, c0, count, low, sum_dy, dot):
+    """All that follows from the sums of dy and dy * (x - MEAN), where MEAN is `low` less than the mean.
 
-    dx = SCALE * dy + A * (x - MEAN) + B
+    That is dweight, dbias, A and B: dx = SCALE * dy + A * (x - MEAN) + B
     """
-    channels, count = job.channels, job.n * job.s
-    mean, invstd, scale = job.stats[c], job.stats[2 * channels + c], job.affine[channels + c]
-    low = mean - rounded(job.coef, mean)
-    dot -= low * sum_dy
-    a = -scale * invstd * invstd * dot / count
-    grads = job.grads
-    grads[c], grads[channels + c] = dot * invstd, sum_dy
-    grads[2 * channels + c], grads[3 * channels + c] = a, -scale * sum_dy / count - a * low
+    channels, size = job.channels, np.float64(job.n * job.s)
+    invstd, scale = ahead_of(job.stats, 2 * channels + c0), ahead_of(job.affine, channels + c0)
+    dweight, a, b = scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER)
+    for k in range(count):
+        total_dot = dot[k] - low[k] * sum_dy[k]
+        dweight[k] = total_dot * invstd[k]
+        a[k] = -scale[k] * invstd[k] * invstd[k] * total_dot / size
+        b[k] = -scale[k] * sum_dy[k] / size - a[k] * low[k]
+    grads = ahead_of(job.grads, c0)
+    for k in range(count):
+        set_parameter(job, job.weight, c0 + k, dweight[k])
+        set_parameter(job, job.bias, c0 + k, sum_dy[k])
+        grads[2 * channels + k], grads[3 * channels + k] = a[k], b[k]
 
 
 @point
@@ -955,57 +974,90 @@ def spread_of(job):
 
 
 @point
-def sums_of(job, c, b):
-    """(count, first, second) of channel c in part b, its columns together."""
-    part, channels = job.part, job.channels
-    if not job.columns:
-        at = 2 * b * channels + c
-        return size_of(job, b), part[at], part[at + channels]
-    width, length, count, first, second = job.columns, job.s, np.intp(0), 0.0, 0.0
-    end = width if b < job.blocks else job.n * channels * length - job.rows * width
-    for begin in range(c * length, end, channels * length):
-        count += length * size_of(job, b)
-        for at in range(2 * b * width + begin, 2 * b * width + begin + length):
-            first += part[at]
-            second += part[at + width]
-    return count, first, second
+def rest_of(job):
+    """Values that fill no row of the column nest: whole pixels."""
+    return job.n * job.channels * job.s - job.rows * job.columns
+
+
+@point
+def parts_of(job):
+    """Parts of every channel: blocks, and what fills no row."""
+    return job.blocks + (1 if job.columns and rest_of(job) else 0)
 
 
 @point
 def size_of(job, b):
-    """Number of values behind part b of a channel or column; one in the part of the values that fill no row."""
-    if job.columns:
-        return lesser(job.block, job.rows - b * job.block) if b < job.blocks else 1
-    _, height, _, length = block_to_reduce(job, b)
-    return height * length
+    """Number of values of a channel in part b."""
+    if not job.columns:
+        _, height, _, length = block_to_reduce(job, b)
+        return height * length
+    if b == job.blocks:
+        return rest_of(job) // job.channels
+    return job.columns // job.channels * lesser(job.block, job.rows - b * job.block)
 
 
-@part(INDEX, FLAG, FLAG)
-def finish_channel(job, c, backward, apply):
-    """The parts of channel c together, in order, and what follows from them if output is wanted."""
-    channels, columns, s = job.channels, job.columns, job.s
-    rest = job.n * channels * s - job.rows * columns if columns else 0
-    count, first, second = np.intp(0), 0.0, 0.0  # mean and m2, or sums of dy and dy * (x - MEAN)
-    for b in range(job.blocks + (1 if c * s < rest else 0)):
-        size, one, two = sums_of(job, c, b)
+@point
+def sums_of(job, c0, count, b, first, second):
+    """Two sums (mean and m2 in the row nest) of so many channels from c0 on in part b, their columns together."""
+    width, length = (job.columns, job.s) if job.columns else (job.channels, 1)
+    end, pixel = rest_of(job) if job.columns and b == job.blocks else width, job.channels * length
+    for k in range(count):
+        first[k] = second[k] = 0.0
+    for begin in range(0, end, pixel):
+        for j in range(length):
+            part = ahead_of(job.part, 2 * b * width + begin + c0 * length + j)
+            for k in range(count):
+                first[k] += part[k * length]
+                second[k] += part[k * length + width]
+
+
+@point
+def part_of(job, c0, count, b, backward, first, second):
+    """Mean and m2 of so many channels from c0 on in part b; or sums of dy and dy * (x - MEAN)."""
+    sums_of(job, c0, count, b, first, second)
+    if job.columns and not backward:
+        size, at = size_of(job, b), lesser(b * job.block, job.rows) * job.columns + c0 * job.s
+        for k in range(count):
+            first[k], second[k] = moments_of(shift_of(job.x, at + k * job.s), size, first[k], second[k])
+
+
+@point
+def finish_together(job, c0, count, backward, apply):
+    """The parts of so many channels from c0 on together, in order, and what follows from them if output is wanted."""
+    first, second, low = scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER)
+    one, two = scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER)
+    part_of(job, c0, count, 0, backward, first, second)
+    size = size_of(job, 0)
+    for b in range(1, parts_of(job)):
+        part_of(job, c0, count, b, backward, one, two)
         if backward:
-            first += one
-            second += two
+            for k in range(count):
+                first[k] += one[k]
+                second[k] += two[k]
         else:
-            if columns:
-                shift = shift_of(job.x, lesser(b * job.block, job.rows) * columns + c * s)
-                one, two = moments_of(shift, size, one, two)
-            first, second = merge(count, first, second, size, one, two)
-            count += size
+            merge(count, size, first, second, size_of(job, b), one, two)
+        size += size_of(job, b)
+    for k in range(count if backward else 0):
+        low[k] = job.stats[c0 + k] - rounded(job.coef, job.stats[c0 + k])
     if apply and backward:
-        finish_gradient(job, c, first, second)
+        finish_gradients(job, c0, count, low, first, second)
     elif apply:
-        finish_statistics(job, c, first, second)
-    elif backward:
-        mean = job.stats[c]
-        job.grads[c], job.grads[channels + c] = first, second - (mean - rounded(job.coef, mean)) * first
+        finish_statistics(job, c0, count, first, second)
     else:
-        job.stats[c], job.stats[channels + c] = first, second
+        sums = ahead_of(job.grads if backward else job.stats, c0)
+        for k in range(count):
+            sums[k] = first[k]
+            sums[job.channels + k] = second[k] - low[k] * first[k] if backward else second[k]
+
+
+@part(INDEX, INDEX, FLAG, FLAG)
+def finish_channels(job, c0, c1, backward, apply):
+    """`finish_together` for channels c0 to c1. One alone has no loops (1x64x56x56, training and backward: 4 % less)."""
+    if c1 - c0 == 1:
+        finish_together(job, c0, ONE, backward, apply)
+    else:
+        for c in range(c0, c1, TOGETHER):
+            finish_together(job, c, lesser(TOGETHER, c1 - c), backward, apply)
 
 
 @point
@@ -1039,8 +1091,8 @@ def run_at_once(job, t, backward):
     c0, c1 = run_of(job, t, job.run)
     for b in range(job.blocks):
         reduce_run(job, c0, c1, b, backward)
+    apart(finish_channels, (job, c0, c1, backward, True))
     for c in range(c0, c1):
-        apart(finish_channel, (job, c, backward, True))
         if backward:
             round_gradient(job, c, job.channels, c)
         else:
@@ -1178,8 +1230,9 @@ def _kernel(
 ):  # fmt: skip
     """Reduction (statistics, or sums of gradients) and output, or one of them.
 
-    Sums of gradients alone become the first two rows of `grads`; the output alone takes A and B from the last two, or
-    `norm` from the running statistics if they are given.
+    A backward pass writes the gradients of weight and bias into `weight` and `bias`, and A and B into the last two rows
+    of `grads`. Sums of gradients alone become its first two; the output alone takes A and B from it, or `norm` from the
+    running statistics if they are given.
     """
     job = make_job(plan, (
         training, wide, eps, slope, factor, x, residual, dy, y, dx, dresidual, signs,
@@ -1218,8 +1271,7 @@ def _kernel(
         if last:
             apart(last_row, (job, backward, phase))
         if step == 0 and not once:
-            for c in range(job.channels):
-                apart(finish_channel, (job, np.intp(c), backward, apply))
+            apart(finish_channels, (job, ZERO, job.channels, backward, apply))
 
 
 # --- adapters: what `fastbn.backends` promises ------------------------------------------------------------------------
