@@ -20,7 +20,7 @@ enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STR
 enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
 enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /* column nest */
 enum { ROOM = 2048, PATIENCE = 1 << 14 }; /* values of `part` on the stack; pauses until a thread has waited too long */
-enum { TOGETHER = 64 };                              /* channels that are finished at a time: their loops become vectors */
+enum { TOGETHER = 64 };                              /* channels finished at a time, in loops that become vectors */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
@@ -59,6 +59,10 @@ point Index min(Index a, Index b) { return a < b ? a : b; }
 point Index max(Index a, Index b) { return a > b ? a : b; }
 point Index words_of(Index s, Index lanes) { return (s + lanes - 1) / lanes; }
 point Index whole_lines(Index count, Index itemsize) { return count * itemsize / LINE * LINE / itemsize; } /* values */
+
+/* Width of `coef` and `part`, and columns of a channel side by side in it. */
+point Index width_of(const Job *job) { return job->columns ? job->columns : job->channels; }
+point Index columns_of_channel(const Job *job) { return job->columns ? job->s : 1; }
 
 /* Prefetch what lies so many bytes ahead, if any: what the next run will read first does not go to the nearest cache. */
 point void prefetch_onward(const void *x, Index ahead, int later) {
@@ -172,8 +176,8 @@ point Index size_of(const Job *job, Index b) {
 
 /* Two sums (mean and m2 in the row nest) of so many channels from c0 on in part b, their columns together. */
 point void sums_of(const Job *job, Index c0, Index count, Index b, double *first, double *second) {
-    const Index columns = job->columns, channels = job->channels, width = columns ? columns : channels;
-    const Index length = columns ? job->s : 1, end = columns && b == job->blocks ? rest_of(job) : width;
+    const Index channels = job->channels, width = width_of(job), length = columns_of_channel(job);
+    const Index end = job->columns && b == job->blocks ? rest_of(job) : width;
     for (Index k = 0; k < count; k++) first[k] = second[k] = 0;
     for (Index pixel = 0; pixel < end; pixel += channels * length)
         for (Index j = 0; j < length; j++) {

@@ -5,23 +5,28 @@
 
 /* --- channel arithmetic ------------------------------------------------------------------------------------------- */
 
-/* HIGH, LOW, SCALE of channel c in REAL, at column j. */
-static void NAME(round_affine)(const Job *job, Index j, Index c) {
-    const Index width = job->columns ? job->columns : job->channels;
-    const double center = job->affine[c], scale = job->affine[job->channels + c];
-    const double shift = job->affine[2 * job->channels + c];
-    REAL *coef = (REAL *)job->coef + j, high = (REAL)center;
-    coef[HIGH * width] = high;
-    coef[LOW * width] = (REAL)(shift - (center - high) * scale);
-    coef[SCALE * width] = (REAL)scale;
+/* HIGH, LOW, SCALE of channels c0 to c1 in REAL, at their first columns. */
+static void NAME(round_affine)(const Job *job, Index c0, Index c1) {
+    const Index width = width_of(job), length = columns_of_channel(job);
+    const double *center = job->affine, *scale = center + job->channels, *shift = scale + job->channels;
+    REAL *restrict high = (REAL *)job->coef + HIGH * width, *restrict low = (REAL *)job->coef + LOW * width;
+    REAL *restrict rounded = (REAL *)job->coef + SCALE * width;
+    for (Index c = c0; c < c1; c++) {
+        high[c * length] = (REAL)center[c];
+        low[c * length] = (REAL)(shift[c] - (center[c] - (REAL)center[c]) * scale[c]);
+        rounded[c * length] = (REAL)scale[c];
+    }
 }
 
-/* A and B of channel c in REAL, at column j. */
-static void NAME(round_gradient)(const Job *job, Index j, Index c) {
-    const Index width = job->columns ? job->columns : job->channels;
-    REAL *coef = (REAL *)job->coef + j;
-    coef[A * width] = (REAL)job->grads[2 * job->channels + c];
-    coef[B * width] = (REAL)job->grads[3 * job->channels + c];
+/* A and B of channels c0 to c1 in REAL, at their first columns. */
+static void NAME(round_gradient)(const Job *job, Index c0, Index c1) {
+    const Index width = width_of(job), length = columns_of_channel(job);
+    const double *grads = job->grads + 2 * job->channels;
+    REAL *restrict a = (REAL *)job->coef + A * width, *restrict b = (REAL *)job->coef + B * width;
+    for (Index c = c0; c < c1; c++) {
+        a[c * length] = (REAL)grads[c];
+        b[c * length] = (REAL)grads[c + job->channels];
+    }
 }
 
 /* --- points: one vector ------------------------------------------------------------------------------------------- */
@@ -557,7 +562,7 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
     const Run run = run_of(job, t, job->run);
     for (Index b = 0; b < job->blocks; b++) NAME(reduce_run)(job, run, b, backward);
     NAME(finish_channels)(job, run.c0, run.c1, backward, 1);
-    for (Index c = run.c0; c < run.c1; c++) (backward ? NAME(round_gradient) : NAME(round_affine))(job, c, c);
+    (backward ? NAME(round_gradient) : NAME(round_affine))(job, run.c0, run.c1);
     const int turns = job->turns && job->streaming;
     const Index height = max(1, min(BLOCK / job->s, turns ? job->n / 8 : job->n));
     const Index blocks = blocks_of(job->n, job->s, height, BLOCK);
@@ -589,15 +594,13 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
 
 /* What comes before a phase: coefficients for every channel or, repeated as the channels are, every column. */
 static void NAME(prepare)(const Job *job, int backward, int phase) {
-    const Index width = job->columns ? job->columns : job->channels, length = job->columns ? job->s : 1;
-    const Index channels = job->channels, pixel = channels * length;
+    const Index width = width_of(job), length = columns_of_channel(job), channels = job->channels;
+    const Index pixel = channels * length;
     const int apply = phase == APPLY || phase == APPLY_COLUMNS;
     REAL *coef = (REAL *)job->coef;
-    for (Index c = 0; c < channels; c++) {
-        if (backward != apply) NAME(round_affine)(job, c * length, c);
-        if (backward && !apply) coef[MEAN * width + c * length] = (REAL)job->stats[c];
-        if (backward && apply) NAME(round_gradient)(job, c * length, c);
-    }
+    if (backward != apply) NAME(round_affine)(job, 0, channels);
+    if (backward && apply) NAME(round_gradient)(job, 0, channels);
+    for (Index c = 0; c < channels && backward && !apply; c++) coef[MEAN * width + c * length] = (REAL)job->stats[c];
     const int first = backward && apply ? A : HIGH, end = !backward ? SCALE + 1 : apply ? B + 1 : MEAN + 1;
     for (int r = first; r < end; r++) {
         REAL *row = coef + r * width;
