@@ -27,7 +27,7 @@ _I32 = ir.IntType(32)
 _FLAGS = ("training", "wide")
 _NUMBERS = ("eps", "slope", "factor")
 _VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtype
-_PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # of float64 if `wide`, else of float32
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # float64 if `wide`, else float32; or dweight, dbias
 _DOUBLES = ("stats", "grads", "part", "affine")
 
 # What a kernel is called with, behind the plan, and its table of `PARTS`.
