@@ -48,6 +48,7 @@ cdef extern from "dispatch.h" nogil:
     Py_ssize_t tasks_of(const Job *, int phase)
     int can_stream(const Job *)
     void fold(const Job *)
+    Py_ssize_t rest_of(const Job *)
     ctypedef struct ImageJob:
         Py_ssize_t length, pieces, piece, width, tile
         int whole
@@ -133,7 +134,7 @@ def kernel(
     cdef Py_ssize_t writing = 0
     job.writing = &writing
     cdef const Kernels *kernels = kernels_of(instruction_set, x.itemsize)
-    cdef bint last = job.columns and job.rows * job.columns < job.n * job.channels * job.s
+    cdef bint last = job.columns != 0 and rest_of(&job) != 0
     cdef bint fused = reduce and apply and not job.split
     cdef Py_ssize_t t, tasks
     cdef int step, phase

@@ -162,7 +162,7 @@ point Chunk chunk_of(const Job *job, Index t) {
 point Index rest_of(const Job *job) { return job->n * job->channels * job->s - job->rows * job->columns; }
 
 /* Parts of every channel: blocks, and what fills no row. */
-point Index parts_of(const Job *job) { return job->blocks + (job->columns && rest_of(job)); }
+point Index number_of_parts(const Job *job) { return job->blocks + (job->columns && rest_of(job)); }
 
 /* Number of values of a channel in part b. */
 point Index size_of(const Job *job, Index b) {

@@ -526,7 +526,7 @@ point void NAME(part_of)(const Job *job, Index c0, Index count, Index b, int bac
 point void NAME(finish_together)(const Job *job, Index c0, Index count, int backward, int apply) {
     double first[TOGETHER], second[TOGETHER], one[TOGETHER], two[TOGETHER], low[TOGETHER];
     NAME(part_of)(job, c0, count, 0, backward, first, second);
-    for (Index b = 1, size = size_of(job, 0); b < parts_of(job); size += size_of(job, b++)) {
+    for (Index b = 1, size = size_of(job, 0); b < number_of_parts(job); size += size_of(job, b++)) {
         NAME(part_of)(job, c0, count, b, backward, one, two);
         if (!backward) merge(count, size, first, second, size_of(job, b), one, two);
         else
@@ -612,14 +612,14 @@ static void NAME(prepare)(const Job *job, int backward, int phase) {
 
 /* The values that fill no row, in a row padded with zeros; NULL if there are no values at all. */
 static REAL *NAME(padded)(const Job *job, const void *values, REAL *row) {
-    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    const Index begin = job->rows * job->columns, rest = rest_of(job);
     for (Index j = 0; j < job->columns && values; j++) row[j] = j < rest ? ((const REAL *)values)[begin + j] : 0;
     return values ? row : 0;
 }
 
 /* Copy the values that fill no row from their padded row. */
 static void NAME(unpadded)(const Job *job, const void *row, void *values) {
-    const Index begin = job->rows * job->columns, rest = job->n * job->channels * job->s - begin;
+    const Index begin = job->rows * job->columns, rest = rest_of(job);
     for (Index j = 0; j < rest && values; j++) ((REAL *)values)[begin + j] = ((const REAL *)row)[j];
 }
 

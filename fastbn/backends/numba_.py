@@ -994,7 +994,7 @@ def rest_of(job):
 
 
 @point
-def parts_of(job):
+def number_of_parts(job):
     """Parts of every channel: blocks, and what fills no row."""
     return job.blocks + (1 if job.columns and rest_of(job) else 0)
 
@@ -1042,7 +1042,7 @@ def finish_together(job, c0, count, backward, apply):
     one, two = scratch(job.stats, TOGETHER), scratch(job.stats, TOGETHER)
     part_of(job, c0, count, 0, backward, first, second)
     size = size_of(job, 0)
-    for b in range(1, parts_of(job)):
+    for b in range(1, number_of_parts(job)):
         part_of(job, c0, count, b, backward, one, two)
         if backward:
             for k in range(count):
@@ -1189,9 +1189,9 @@ def padded(job, values, row):
     noinline()
     if not present(values):
         return values
-    begin = job.rows * job.columns
+    begin, rest = job.rows * job.columns, rest_of(job)
     for j in range(job.columns):
-        row[j] = values[begin + j] if begin + j < job.n * job.channels * job.s else rounded(job.coef, 0.0)
+        row[j] = values[begin + j] if j < rest else rounded(job.coef, 0.0)
     return row
 
 
@@ -1200,7 +1200,7 @@ def unpadded(job, row, values):
     """Copy the values that fill no row from their padded row."""
     noinline()
     begin = job.rows * job.columns
-    for j in range(job.n * job.channels * job.s - begin if present(values) else 0):
+    for j in range(rest_of(job) if present(values) else 0):
         values[begin + j] = row[j]
 
 
@@ -1256,7 +1256,7 @@ def _kernel(
     job.writing = scratch(job.table, 1)
     job.writing[0] = 0
     columns, threads = job.columns, job.threads
-    last = columns and job.rows * columns < job.n * job.channels * job.s
+    last = columns and rest_of(job)
     if backward and not reduce:
         apart(prepare, (job, backward, REDUCE))  # for the output too
     if not reduce and present(job.running_mean):
