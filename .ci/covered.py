@@ -4,7 +4,7 @@
 
 Python is counted by coverage.py, in subprocesses too; the extension is compiled with gcc's counters in a copy of the
 source tree and counted by gcov. What Numba compiles cannot be counted: see pyproject.toml. Lines that no test reaches
-are listed; on a CPU without AVX-512 its two in vectors.h are among them. Needs gcc, Cython and the test group.
+are listed; on a CPU without AVX-512 those of its masks are among them. Needs gcc, Cython and the test group.
 """
 
 import os

@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(COMMON, "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
     Mutation(
         C,
-        "(V)((M)GATED(at, from, r) & tail)",
-        "GATED(at, from, r)",
+        "NAME(where)(tail, NAME(load)(dy + at), (V){0})",
+        "NAME(load)(dy + at)",
         "a row's last vector overlaps the one before",
         BACKWARD,
     ),
@@ -123,10 +123,14 @@ MUTATIONS = (
     Mutation(C, "slab.words : each / LANES", "slab.words : 0", "signs of a row's quarters", FUSED),
     Mutation(C, "NAME(store_where)(out + i, rest, z);", "", "what is left of a row", FUSED),
     Mutation(C, "(uint32_t)sign[word + 1] << LANES", "0u", "signs of a vector that begins within a word", FUSED),
+    Mutation(C, "NAME(load_widened_where)(dy, open)", "NAME(load_widened)(dy)", "sums with a ReLU", FUSED),
+    Mutation(
+        NUMBA, "where(opened, widen(load(dy, at)), splat(0.0))", "widen(load(dy, at))", "sums behind a ReLU", FUSED
+    ),
     Mutation(
         C,
-        "(REAL)(shift - (center - high) * scale)",
-        "(REAL)shift",
+        "(shift[c] - (center[c] - (REAL)center[c]) * scale[c])",
+        "shift[c]",
         "what rounding the mean to float32 leaves over",
         FORWARD,
     ),

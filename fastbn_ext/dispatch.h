@@ -35,6 +35,7 @@
 #define BY(function, V, a, b, c) (__typeof__(a))function((V)(a), (V)(b), (V)(c))
 
 #define VECTOR_BYTES 16
+#define MASKS 0
 #define ISA baseline
 #if defined(__aarch64__)
 #define FMA_float(a, b, c) BY(vfmaq_f32, float32x4_t, c, a, b)
@@ -46,60 +47,63 @@
 #include "both_types.h"
 #include "image_types.h"
 #undef VECTOR_BYTES
+#undef MASKS
 #undef ISA
 #undef FMA_float
 #undef FMA_double
 
 #if X86
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define BEGIN_WITH(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END PRAGMA(clang attribute pop)
+#else
+#define BEGIN_WITH(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END PRAGMA(GCC pop_options)
+#endif
+
 #define VECTOR_BYTES 32
-#define ISA avx2
+#define REGISTER _mm256
+#define HALF _mm
 #define FMA_float(a, b, c) BY(_mm256_fmadd_ps, __m256, a, b, c)
 #define FMA_double(a, b, c) BY(_mm256_fmadd_pd, __m256d, a, b, c)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#define MASKS 0
+#define ISA avx2
+BEGIN_WITH("avx2,fma,f16c")
 #include "both_types.h"
 #include "image_types.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef VECTOR_BYTES
+END
+#undef MASKS
+#undef ISA
+
+#define MASKS 1
+#define ISA avx512vl
+BEGIN_WITH("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c")
+#include "both_types.h"
+END
 #undef ISA
 #undef FMA_float
 #undef FMA_double
+#undef HALF
+#undef REGISTER
+#undef VECTOR_BYTES
 
 #define VECTOR_BYTES 64
-#define ISA avx512
+#define REGISTER _mm512
+#define HALF _mm256
 #define FMA_float(a, b, c) BY(_mm512_fmadd_ps, __m512, a, b, c)
 #define FMA_double(a, b, c) BY(_mm512_fmadd_pd, __m512d, a, b, c)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,prefer-vector-width=512")
-#endif
+#define ISA avx512
+BEGIN_WITH("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c")
 #include "both_types.h"
 #include "image_types.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef VECTOR_BYTES
-#undef ISA
-#undef FMA_float
-#undef FMA_double
+END
 #endif
 
 /* Instruction sets in order of preference; `kernels_of` takes an index into them. */
 static const char *const instruction_sets[] = {
 #if X86
-    "avx512", "avx2",
+    "avx512", "avx512vl", "avx2",
 #endif
     "baseline",
 };
@@ -109,10 +113,10 @@ enum { NUM_INSTRUCTION_SETS = sizeof instruction_sets / sizeof *instruction_sets
 static inline int has_instruction_set(int index) {
 #if X86
     __builtin_cpu_init();
-    if (index == 0)
+    if (index < 2)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-    if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (index == 2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return index < NUM_INSTRUCTION_SETS;
 }
@@ -124,8 +128,9 @@ static inline int best_instruction_set(void) {
 }
 
 /* The one to begin with: the best; but Zen 4 computes 512 bits in two halves, and converts to float64 slower so than 256
-   (6 values a cycle instead of 8; in cache, ns for 16 values on a thread: 8x16x56x56, training 3.2 and 2.8, backward 4.8
-   and 4.0; 32x256x7x7 4.7 and 3.5, 6.2 and 4.8). No other of its family has AVX-512; GCC 12 does not know its name. */
+   (6 values a cycle instead of 8; in cache, ns for 16 values on a thread with AVX-512, with AVX2, and with AVX-512's masks
+   and 32 registers of 256 bits: 32x256x7x7, statistics 2.8, 2.45, 2.1, sums of gradients 3.7, 2.9, 2.6; 8x64x56x56, sums of
+   gradients behind a ReLU 3.0, 3.5, 2.6). No other of its family has AVX-512; GCC 12 does not know its name. */
 static inline int first_instruction_set(void) {
     const int best = best_instruction_set();
 #if X86
@@ -138,6 +143,7 @@ static inline const Kernels *kernels_of(int index, int itemsize) {
     static const Kernels *const table[][2] = {
 #if X86
         {&kernels_float_avx512, &kernels_double_avx512},
+        {&kernels_float_avx512vl, &kernels_double_avx512vl},
         {&kernels_float_avx2, &kernels_double_avx2},
 #endif
         {&kernels_float_baseline, &kernels_double_baseline},
@@ -150,7 +156,7 @@ static inline const Kernels *kernels_of(int index, int itemsize) {
 static inline ImageTask image_task_of(int index, int dtype) {
     static const ImageTask *const table[] = {
 #if X86
-        image_tasks_avx512, image_tasks_avx2,
+        image_tasks_avx512, image_tasks_avx2, image_tasks_avx2,
 #endif
         image_tasks_baseline,
     };

@@ -60,6 +60,20 @@ point V NAME(gated)(V dy, V x, V high, V scale, V low, REAL slope, const uint16_
     return NAME(activated)(dy, sign ? NAME(mask_of)(*sign) : NAME(signs_of)(x, high, scale, low), slope);
 }
 
+/* Where the activation of the vector at x is open, from sign i of its row or computed again. */
+point M NAME(open_at)(const REAL *x, V high, V scale, V low, const uint16_t *sign, Index i) {
+    return sign ? NAME(mask_at)(sign, i) : NAME(signs_of)(NAME(load)(x), high, scale, low);
+}
+
+/* `gated` as W, from x and dy in memory. A ReLU chooses what becomes float64 as it is loaded (design, J). */
+point W NAME(wide_gated)(const REAL *x, const REAL *dy, V high, V scale, V low, REAL slope, const uint16_t *sign, Index i,
+                         const int kind) {
+    if (kind == PLAIN) return NAME(load_widened)(dy);
+    const M open = NAME(open_at)(x, high, scale, low, sign, i);
+    if (kind == RELU || kind == SIGNED) return NAME(load_widened_where)(dy, open);
+    return NAME(widen)(NAME(activated)(NAME(load)(dy), open, slope));
+}
+
 /* dx of a gated dy */
 point V NAME(gradient)(V dy, V x, int training, V scale, V mean, V a, V b) {
     return training ? NAME(fma)(scale, dy, NAME(fma)(a, x - mean, b)) : (V)(scale * dy);
@@ -141,18 +155,15 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
     const W around = NAME(splat_wide)(mean), one = NAME(ones)();
     W dys = *sum_dy, dots = *dot, dys2 = NAME(splat_wide)(0), dots2 = dys2;
     Index i = 0;
-#define OPEN(at, i, r) \
-    (sign ? NAME(mask_at)(sign + r * words, bit + i) : NAME(signs_of)(NAME(load)(x + at), high, scale, low))
-#define GATED(at, i, r) \
-    (kind == PLAIN ? NAME(load)(dy + at) : NAME(activated)(NAME(load)(dy + at), OPEN(at, i, r), slope))
-#define WIDE_GATED(at, i, r) (kind == PLAIN ? NAME(load_widened)(dy + at) : NAME(widen)(GATED(at, i, r)))
+#define SIGN(i, r) sign ? sign + r * words : 0, bit + i
+#define GATED(at, i, r) NAME(wide_gated)(x + at, dy + at, high, scale, low, slope, SIGN(i, r), kind)
     for (int turned = 0; turned < 2; turned++) {
         const Index stop = turned ? whole : min(far.turn, whole), ahead = turned ? far.after : AHEAD;
         for (; i < stop; i += 2 * LANES)
             for (Index r = 0, at = i; r < streams; r++, at += stride) {
                 NAME(prefetch_two)(x + at + ahead);
                 NAME(prefetch_two)(dy + at + ahead);
-                W g = WIDE_GATED(at, i, r), g2 = WIDE_GATED(at + LANES, i + LANES, r);
+                W g = GATED(at, i, r), g2 = GATED(at + LANES, i + LANES, r);
                 dys = NAME(added)(dys, g, one);
                 dys2 = NAME(added)(dys2, g2, one);
                 dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
@@ -161,7 +172,7 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
     }
     if (i <= length - LANES) {
         for (Index r = 0, at = i; r < streams; r++, at += stride) {
-            const W g = WIDE_GATED(at, i, r);
+            const W g = GATED(at, i, r);
             dys = NAME(added)(dys, g, one);
             dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
         }
@@ -180,14 +191,16 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
         const Index from = length - LANES;
         const M tail = NAME(last)(length - i);
         for (Index r = 0, at = from; r < streams; r++, at += stride) {
-            const W g = NAME(widen)((V)((M)GATED(at, from, r) & tail));
+            V value = NAME(where)(tail, NAME(load)(dy + at), (V){0});
+            if (kind != PLAIN)
+                value = NAME(activated)(value, NAME(open_at)(x + at, high, scale, low, SIGN(from, r)), slope);
+            const W g = NAME(widen)(value);
             dys = NAME(plus)(dys, g);
             dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
         }
     }
-#undef OPEN
+#undef SIGN
 #undef GATED
-#undef WIDE_GATED
     *sum_dy = NAME(plus)(dys, dys2);
     *dot = NAME(plus)(dots, dots2);
 }
@@ -242,6 +255,7 @@ static void NAME(block_gradients)(const Job *job, Run run, Index b) {
     switch (gradient_kind(job)) {
     case PLAIN: NAME(sum_run)(job, run, b, mean, dys, dots, 1, PLAIN); break;
     case RELU: NAME(sum_run)(job, run, b, mean, dys, dots, 1, RELU); break;
+    case ACTIVATED: NAME(sum_run)(job, run, b, mean, dys, dots, 1, ACTIVATED); break;
     case SIGNED: NAME(sum_run)(job, run, b, mean, dys, dots, 1, SIGNED); break;
     default: NAME(sum_run)(job, run, b, mean, dys, dots, 1, ANY);
     }
@@ -295,23 +309,14 @@ point void NAME(column_sums)(const Job *job, Index at, Index stride, Index rows,
             W sum_dy = b ? NAME(load_wide)(s1 + j) : zero, dot = b ? NAME(load_wide)(s2 + j) : zero;
             for (Index r = 0; r < (far ? rs.rows : 0); r++)
                 prefetch(x + AHEAD + r * on), prefetch(dy + AHEAD + r * on);
-            if (kind == PLAIN)
-                for (Index r = 0; r < rs.rows; r++, x += on, dy += on) {
-                    W g = NAME(load_widened)(dy);
-                    sum_dy = NAME(added)(sum_dy, g, one);
-                    dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
-                }
-            else {
-                const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
-                const V low = NAME(load)(coef + LOW * pitch + k);
-                const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word + rs.first * words : 0;
-                for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
-                    if (kind == SIGNED && !sign) __builtin_unreachable();
-                    const M open = sign ? NAME(mask_at)(sign, k) : NAME(signs_of)(NAME(load)(x), high, scale, low);
-                    W g = NAME(widen)(NAME(activated)(NAME(load)(dy), open, slope));
-                    sum_dy = NAME(added)(sum_dy, g, one);
-                    dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
-                }
+            const V high = NAME(load)(coef + HIGH * pitch + k), scale = NAME(load)(coef + SCALE * pitch + k);
+            const V low = NAME(load)(coef + LOW * pitch + k);
+            const uint16_t *sign = kind >= SIGNED && job->signs ? job->signs + word + rs.first * words : 0;
+            for (Index r = 0; r < rs.rows; r++, x += on, dy += on, sign += sign ? rs.apart * words : 0) {
+                if (kind == SIGNED && !sign) __builtin_unreachable();
+                const W g = NAME(wide_gated)(x, dy, high, scale, low, slope, sign, k, kind);
+                sum_dy = NAME(added)(sum_dy, g, one);
+                dot = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x), around), dot);
             }
             NAME(store_wide)(s1 + j, sum_dy);
             NAME(store_wide)(s2 + j, dot);
@@ -332,6 +337,7 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
         else SUMS(PLAIN, 0); /* one test a vector takes 7 % more */
         break;
     case RELU: SUMS(RELU, far); break;
+    case ACTIVATED: SUMS(ACTIVATED, far); break;
     case SIGNED: SUMS(SIGNED, far); break;
     default: SUMS(ANY, far);
     }
@@ -647,9 +653,11 @@ static void NAME(last_row)(const Job *job, int backward, int phase) {
 static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish_channels)};
 
 #undef V
+#undef I
 #undef M
 #undef W
 #undef D
 #undef WIDE
 #undef Coefs
+#undef OF
 #undef LANES

@@ -1,15 +1,24 @@
 /* Vectors of one value type and one instruction set: the twin of fastbn/backends/_vectors.py.
 
-   GCC's and Clang's vector extension is compiled for whatever the CPU has; only streaming stores and the sign mask need
-   intrinsics, and have plain C where there are none. A V fills one register, and its values as float64 a W of one or two:
-   GCC 12 keeps vectors wider than a register on the stack, also between the rounds of a loop (32x64x112x112, training
-   with AVX2: 5.4 copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus`, `fused`.
+   GCC's and Clang's vector extension is compiled for whatever the CPU has; only streaming stores and masks need intrinsics,
+   and have plain C where there are none. A V fills one register, and its values as float64 a W of one or two: GCC 12 keeps
+   vectors wider than a register on the stack, also between the rounds of a loop (32x64x112x112, training with AVX2: 5.4
+   copies instead of 1.3). Operators do not work on a structure: W has `plus`, `minus`, `fused`. An M is one bit a lane where
+   there are registers for MASKS, and all bits of a lane elsewhere.
 */
 
 #define LANES (VECTOR_BYTES / (Index)sizeof(REAL))
+#define OF(operation) JOIN(JOIN(REGISTER, operation), SUFFIX) /* _mm256_maskload_ps, say */
 
 typedef REAL NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
-typedef INTEGER NAME(M) __attribute__((vector_size(VECTOR_BYTES)));
+typedef INTEGER NAME(I) __attribute__((vector_size(VECTOR_BYTES)));
+#if !MASKS
+typedef NAME(I) NAME(M);
+#elif VECTOR_BYTES > 8 * REAL_BYTES
+typedef __mmask16 NAME(M);
+#else
+typedef __mmask8 NAME(M);
+#endif
 typedef double NAME(D) __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
 #if REAL_BYTES == 4
 typedef struct { NAME(D) low, high; } NAME(W);
@@ -19,6 +28,7 @@ typedef struct { NAME(D) low; } NAME(W);
 #define WIDE(low, high) (W){low}
 #endif
 #define V NAME(V)
+#define I NAME(I)
 #define M NAME(M)
 #define W NAME(W)
 #define D NAME(D)
@@ -52,10 +62,10 @@ point W NAME(widen)(V value) {
 
 /* widen(load(x)), which converts as it loads */
 point W NAME(load_widened)(const REAL *x) {
-#if REAL_BYTES == 4 && VECTOR_BYTES == 64
-    return (W){(D)_mm512_cvtps_pd(_mm256_loadu_ps(x)), (D)_mm512_cvtps_pd(_mm256_loadu_ps(x + 8))};
-#elif REAL_BYTES == 4 && VECTOR_BYTES == 32
-    return (W){(D)_mm256_cvtps_pd(_mm_loadu_ps(x)), (D)_mm256_cvtps_pd(_mm_loadu_ps(x + 4))};
+#if REAL_BYTES == 4 && VECTOR_BYTES > 16
+#define WIDENED(x) (D)JOIN(REGISTER, cvtps_pd)(JOIN(HALF, loadu_ps)(x))
+    return (W){WIDENED(x), WIDENED(x + LANES / 2)};
+#undef WIDENED
 #else
     return NAME(widen)(NAME(load)(x));
 #endif
@@ -96,30 +106,42 @@ point void NAME(put)(REAL *x, V value, int streaming) {
 }
 
 /* True in every lane that is not zero or below: NaN counts as positive. */
-point M NAME(positive)(V value) { return ~(M)(value <= 0); }
-point V NAME(where)(M mask, V a, V b) { return (V)(((M)a & mask) | ((M)b & ~mask)); }
-point V NAME(finite)(V value) { return (V)((M)value & (M)(value - value == 0)); } /* zero where it is not */
-
-point M NAME(lanes)(void) {
-    M lane;
-    for (int k = 0; k < LANES; k++) lane[k] = k;
-    return lane;
+point M NAME(positive)(V value) {
+#if MASKS
+    return JOIN(OF(cmp), mask)(value, (V){0}, _CMP_NLE_UQ);
+#else
+    return ~(M)(value <= 0);
+#endif
 }
 
 /* True in the first and in the last k lanes. */
-point M NAME(foremost)(Index k) { return NAME(lanes)() < (INTEGER)k; }
-point M NAME(last)(Index k) { return NAME(lanes)() >= (INTEGER)(LANES - k); }
+point M NAME(foremost)(Index k) {
+#if MASKS
+    return (M)((1u << k) - 1);
+#else
+    M lane;
+    for (int j = 0; j < LANES; j++) lane[j] = j;
+    return lane < (INTEGER)k;
+#endif
+}
+point M NAME(last)(Index k) { return ~NAME(foremost)(LANES - k); }
+
+point V NAME(where)(M mask, V a, V b) {
+#if MASKS
+    return (V)OF(mask_blend)(mask, b, a);
+#else
+    return (V)(((M)a & mask) | ((M)b & ~mask));
+#endif
+}
+
+point V NAME(finite)(V value) { return (V)((I)value & (I)(value - value == 0)); } /* zero where it is not */
 
 /* As load, in the lanes where the mask is true, and zero in the others, which are not read. */
 point V NAME(load_where)(const REAL *x, M mask) {
-#if VECTOR_BYTES == 64 && REAL_BYTES == 4
-    return (V)_mm512_maskz_loadu_ps(_mm512_movepi32_mask((__m512i)mask), x);
-#elif VECTOR_BYTES == 64
-    return (V)_mm512_maskz_loadu_pd(_mm512_movepi64_mask((__m512i)mask), x);
-#elif VECTOR_BYTES == 32 && REAL_BYTES == 4
-    return (V)_mm256_maskload_ps(x, (__m256i)mask);
+#if MASKS
+    return (V)OF(maskz_loadu)(mask, x);
 #elif VECTOR_BYTES == 32
-    return (V)_mm256_maskload_pd(x, (__m256i)mask);
+    return (V)OF(maskload)(x, (__m256i)mask);
 #else
     V value = {0};
     for (Index k = 0; k < LANES; k++)
@@ -128,16 +150,23 @@ point V NAME(load_where)(const REAL *x, M mask) {
 #endif
 }
 
+/* As load_widened, and zero in the lanes where the mask is false, which may be read too. */
+point W NAME(load_widened_where)(const REAL *x, M mask) {
+#if MASKS && REAL_BYTES == 4
+#define WIDENED(x, mask) (D)JOIN(REGISTER, maskz_cvtps_pd)(mask, JOIN(HALF, loadu_ps)(x))
+    return (W){WIDENED(x, mask), WIDENED(x + LANES / 2, mask >> LANES / 2)};
+#undef WIDENED
+#else
+    return NAME(widen)(NAME(where)(mask, NAME(load)(x), (V){0}));
+#endif
+}
+
 /* As store, in the lanes where the mask is true: other bytes are not touched. */
 point void NAME(store_where)(REAL *x, M mask, V value) {
-#if VECTOR_BYTES == 64 && REAL_BYTES == 4
-    _mm512_mask_storeu_ps(x, _mm512_movepi32_mask((__m512i)mask), (__m512)value);
-#elif VECTOR_BYTES == 64
-    _mm512_mask_storeu_pd(x, _mm512_movepi64_mask((__m512i)mask), (__m512d)value);
-#elif VECTOR_BYTES == 32 && REAL_BYTES == 4
-    _mm256_maskstore_ps(x, (__m256i)mask, (__m256)value);
+#if MASKS
+    OF(mask_storeu)(x, mask, value);
 #elif VECTOR_BYTES == 32
-    _mm256_maskstore_pd(x, (__m256i)mask, (__m256d)value);
+    OF(maskstore)(x, (__m256i)mask, value);
 #else
     for (Index k = 0; k < LANES; k++)
         if (mask[k]) x[k] = value[k];
@@ -145,18 +174,14 @@ point void NAME(store_where)(REAL *x, M mask, V value) {
 }
 
 /* value * slope, and zero for a slope of 0 even where `value` is infinite, without a branch */
-point V NAME(scaled)(V value, REAL slope) { return (V)((M)(value * slope) & ((M){0} - (INTEGER)(slope != 0))); }
+point V NAME(scaled)(V value, REAL slope) { return (V)((I)(value * slope) & ((I){0} - (INTEGER)(slope != 0))); }
 
 /* One bit a lane, and back. */
 point uint16_t NAME(bits)(M mask) {
-#if VECTOR_BYTES == 64 && REAL_BYTES == 4
-    return _mm512_movepi32_mask((__m512i)mask);
-#elif VECTOR_BYTES == 64
-    return _mm512_movepi64_mask((__m512i)mask);
-#elif VECTOR_BYTES == 32 && REAL_BYTES == 4
-    return _mm256_movemask_ps((__m256)mask);
+#if MASKS
+    return mask;
 #elif VECTOR_BYTES == 32
-    return _mm256_movemask_pd((__m256d)mask);
+    return OF(movemask)((V)mask);
 #else
     uint16_t word = 0;
     for (int k = 0; k < LANES; k++) word |= (mask[k] & 1) << k;
@@ -165,8 +190,13 @@ point uint16_t NAME(bits)(M mask) {
 }
 
 point M NAME(mask_of)(uint16_t word) {
-    M bit = (INTEGER)1 << NAME(lanes)();
+#if MASKS
+    return (M)word;
+#else
+    M bit;
+    for (int k = 0; k < LANES; k++) bit[k] = (INTEGER)1 << k;
     return (M)(((INTEGER)word & bit) == bit);
+#endif
 }
 
 /* Sum of the lanes by halves: always in the same order. */

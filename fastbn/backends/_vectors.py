@@ -172,6 +172,18 @@ def noinline(typing):
 
 
 @intrinsic
+def rolled(typing):
+    """Keep LLVM from unrolling the loop that calls this: of few rounds, known only when it runs, it would make two."""
+
+    def build(context, builder, signature, args):
+        nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
+        builder.call(nothing, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
 def load(typing, x, i):
     """V: ``x[i : i + 16]``."""
     vector = Vector(x.dtype)

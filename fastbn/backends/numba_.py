@@ -39,7 +39,10 @@ I. A run's output goes backwards, row by row, after its reduction: what was read
    as the sums of the next was tried (Zen 3): 0 to 11 % less, and a second form of both loops. So was asking for the
    output's lines while sums are made, in the cache (Zen 4): nothing.
 J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
-   units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97).
+   units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97). A ReLU closes
+   behind the conversion, which AVX-512 does in the same instruction (Zen 4, in cache, 8x64x56x56, sums of gradients 3.3
+   to 2.7 ns, in C 3.5 to 2.6; 4096x64, 4.8 to 3.6, 4.4 to 3.7). A threshold of x for every channel was tried, compared
+   in float64 without the output's arithmetic: 2.2 as long as it need not change sides, else 2.6, and a search for it.
 K. Coefficients stay in registers: rows of neighbouring channels are written as one, and a vector that two of them
    share takes lanes from both. They were loaded for every column (inference in cache: 32x256x13x13 4.5 to 2.2 ns for 16
    values on a thread, 8x64x56x56 3.2 to 2.1), and sums kept for every column of short rows (training 8.2 to 5.5 ns).
@@ -96,6 +99,7 @@ from fastbn.backends._vectors import (
     present,
     put,
     relax,
+    rolled,
     rounded,
     same,
     scaled,
@@ -123,9 +127,9 @@ if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(
 
 # Rows of `coef`: per-channel coefficients in x's dtype.
 HIGH, LOW, SCALE, MEAN, A, B = range(6)
-# What is written: y, dx or dresidual. Its kinds: of x and dy alone, with a ReLU, or with all that there is.
+# What is written: y, dx or dresidual. Kinds: of x and dy alone, with a ReLU, with that and its signs, or with anything.
 OUTPUT, GRADIENT, RESIDUAL = map(np.intp, range(3))
-PLAIN, RELU, ANY = map(np.intp, range(3))
+PLAIN, RELU, SIGNED, ANY = map(np.intp, range(4))
 # Whether memory is seen as rows of channels or of columns.
 CHANNELS, COLUMNS = map(np.intp, range(2))
 # Phases.
@@ -309,7 +313,17 @@ def round_gradient(job, c0, c1):
 @point
 def slope_of(job, kind):
     """Slope of the activation, as far as it is known when this is compiled."""
-    return 1.0 if kind == PLAIN else (0.0 if kind == RELU else job.slope)
+    return 1.0 if kind == PLAIN else (job.slope if kind == ANY else 0.0)
+
+
+@point
+def kind_to_sum(job):
+    """Kind of the sums of gradients."""
+    if job.slope == 1.0:
+        return PLAIN
+    if job.slope != 0.0:
+        return ANY
+    return SIGNED if present(job.signs) else RELU
 
 
 @point
@@ -350,6 +364,17 @@ def gated(dy, x, high, scale, low, slope, signs, word, bit):
     else:
         dy = activated(dy, signs_of(x, high, scale, low), slope)
     return dy
+
+
+@point
+def wide_gated(dy, x, at, high, scale, low, slope, signs, word, bit, kind):
+    """`gated` as W, from ``x[at]`` and ``dy[at]`` on; a ReLU chooses what becomes float64 as it is loaded: see J."""
+    if kind == PLAIN:
+        return widen(load(dy, at))
+    if kind == ANY:
+        return widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, word, bit))
+    opened = mask_at(signs, word, bit) if kind == SIGNED else signs_of(load(x, at), high, scale, low)
+    return where(opened, widen(load(dy, at)), splat(0.0))
 
 
 @point
@@ -500,35 +525,23 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
     short rows (32x32x7x7, in cache: 4.4 ns for 16 values, 3.5 so; with a ReLU 8.1 and 6.1).
     """
     x, dy, coef, channels, one = job.x, job.dy, job.coef, job.channels, ones()
-    slope, signs = slope_of(job, kind), given(job.signs, kind == ANY)
+    slope, signs = slope_of(job, kind), given(job.signs, kind >= SIGNED)
     high, scale = splat(coef[HIGH * channels + c]), splat(coef[SCALE * channels + c])
-    low, around, again = splat(coef[LOW * channels + c]), splat(mean), alias(x)  # see design, J
+    low, around, again = splat(coef[LOW * channels + c]), splat(mean), x if kind == PLAIN else alias(x)  # design, J
     (begin, stride, word, bit, words), whole = rows, length - length % LANES
     i = 0
     for stop, ahead in ((lesser(far[0], whole), AHEAD), (whole, far[1])):
-        if slope == 1.0:
-            while i < stop:
-                at = begin + i
-                for _ in range(streams):
-                    prefetch(x, at + ahead)
-                    prefetch(dy, at + ahead)
-                    g = widen(load(dy, at))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(x, at)) - around, dot)
-                    at += stride
-                i += LANES
-        else:
-            while i < stop:
-                at, sign = begin + i, word + i // LANES
-                for _ in range(streams):
-                    prefetch(x, at + ahead)
-                    prefetch(dy, at + ahead)
-                    g = widen(gated(load(dy, at), load(x, at), high, scale, low, slope, signs, sign, bit))
-                    sum_dy = fma(g, one, sum_dy)
-                    dot = fma(g, widen(load(again, at)) - around, dot)
-                    at += stride
-                    sign += words
-                i += LANES
+        while i < stop:
+            at, sign = begin + i, word + i // LANES
+            for _ in range(streams):
+                prefetch(x, at + ahead)
+                prefetch(dy, at + ahead)
+                g = wide_gated(dy, x, at, high, scale, low, slope, signs, sign, bit, kind)
+                sum_dy = fma(g, one, sum_dy)
+                dot = fma(g, widen(load(again, at)) - around, dot)
+                at += stride
+                sign += words
+            i += LANES
     if i == length - 1:
         nothing, bit = rounded(x, 0.0), bit + i
         value, g = gathered(x, begin + i, stride, streams, nothing), gathered(dy, begin + i, stride, streams, nothing)
@@ -609,10 +622,13 @@ def block_gradients(job, c0, c1, b):
     """Sums of gated dy and of dy * (x - MEAN) over block b of a run of channels, into `part`."""
     part, mean = ahead_of(job.part, 2 * b * job.channels + c0), ahead_of(job.coef, MEAN * job.channels + c0)
     dys, dots = scratch(part, SUMS), scratch(part, SUMS)
-    if job.slope == 1.0:
+    kind = kind_to_sum(job)
+    if kind == PLAIN:
         sum_run(row_gradients, job, c0, c1, b, mean, dys, dots, PLAIN)
-    elif job.slope == 0.0 and not present(job.signs):
+    elif kind == RELU:
         sum_run(row_gradients, job, c0, c1, b, mean, dys, dots, RELU)
+    elif kind == SIGNED:
+        sum_run(row_gradients, job, c0, c1, b, mean, dys, dots, SIGNED)
     else:
         sum_run(row_gradients, job, c0, c1, b, mean, dys, dots, ANY)
     for q in range(c1 - c0):
@@ -677,6 +693,7 @@ def sum_moments(job, at, stride, rows, width, shift, s1, s2):
             sum1, sum2 = (load(s1, j), load(s2, j)) if b else (zero, zero)
             i = at + first * stride + k
             for _ in range(streams):
+                rolled()
                 d = widen(load(x, i)) - around
                 sum1 = fma(d, one, sum1)
                 sum2 = fma(d, d, sum2)
@@ -688,10 +705,11 @@ def sum_moments(job, at, stride, rows, width, shift, s1, s2):
 
 
 @point
-def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2):
+def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2, kind):
     """Sums of gated dy and of dy * (x - MEAN) for every column; signs of a row are `words`, the first at `word`."""
-    x, dy, slope, signs, zero, one = job.x, job.dy, job.slope, job.signs, splat(0.0), ones()
-    again = alias(x)  # values become float64 as they are loaded (design, J)
+    x, dy, zero, one = job.x, job.dy, splat(0.0), ones()
+    slope, signs = slope_of(job, kind), given(job.signs, kind >= SIGNED)
+    again = x if kind == PLAIN else alias(x)  # values become float64 as they are loaded (design, J)
     far = job.ahead != 0  # in the cache prefetching costs
     for b in range(bundles_of(rows, COLUMN_STREAMS // 2)):
         first, distance, streams = bundle_at(b, rows, COLUMN_STREAMS // 2)
@@ -703,21 +721,15 @@ def sum_gradients(job, at, stride, rows, width, coef, pitch, word, words, s1, s2
             for r in range(streams if far else 0):
                 prefetch(x, i + r * distance * stride + AHEAD)
                 prefetch(dy, i + r * distance * stride + AHEAD)
-            if slope == 1.0:
-                for _ in range(streams):
-                    value = widen(load(dy, i))
-                    sum_dy = fma(value, one, sum_dy)
-                    dot = fma(value, widen(load(x, i)) - around, dot)
-                    i += distance * stride
-            else:
-                high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
-                low, sign, bit = load(coef, LOW * pitch + k), word + first * words + k // LANES, k % LANES
-                for _ in range(streams):
-                    value = widen(gated(load(dy, i), load(x, i), high, scale, low, slope, signs, sign, bit))
-                    sum_dy = fma(value, one, sum_dy)
-                    dot = fma(value, widen(load(again, i)) - around, dot)
-                    i += distance * stride
-                    sign += distance * words
+            high, scale = load(coef, HIGH * pitch + k), load(coef, SCALE * pitch + k)
+            low, sign, bit = load(coef, LOW * pitch + k), word + first * words + k // LANES, k % LANES
+            for _ in range(streams):
+                rolled()
+                value = wide_gated(dy, x, i, high, scale, low, slope, signs, sign, bit, kind)
+                sum_dy = fma(value, one, sum_dy)
+                dot = fma(value, widen(load(again, i)) - around, dot)
+                i += distance * stride
+                sign += distance * words
             store(s1, j, sum_dy)
             store(s2, j, dot)
     settle(s1, width)
@@ -942,7 +954,15 @@ def column_gradients(job, t):
     columns, words = job.columns, (job.columns + LANES - 1) // LANES
     at, word, coef = first * columns + j0, first * words + j0 // LANES, ahead_of(job.coef, j0)
     s1, s2 = scratch(part, WIDEST), scratch(part, WIDEST)
-    sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2)
+    kind = kind_to_sum(job)
+    if kind == PLAIN:
+        sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2, PLAIN)
+    elif kind == RELU:
+        sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2, RELU)
+    elif kind == SIGNED:
+        sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2, SIGNED)
+    else:
+        sum_gradients(job, at, columns, rows, width, coef, columns, word, words, s1, s2, ANY)
     for j in range(width):
         part[j], part[j + columns] = s1[j], s2[j]
 
