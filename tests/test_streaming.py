@@ -123,6 +123,29 @@ def test_threads_that_write_in_turn(case, cache, monkeypatch):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("case", STREAMED, ids=str)
+def test_every_plan_has_the_same_results(case, cache, monkeypatch):
+    """Of those that are tried, where both cores and caches have what they need for all of them."""
+    cache(3 * 4 * case.size)
+    monkeypatch.setattr(_plan, "SERIAL", 0)
+    fastbn.set_num_threads(2)
+    data, plans, most = case.make(), _plan.plans, 0
+    results = everything(case, data)
+    for k in (1, 2):
+
+        def other(*arguments, k=k):
+            nonlocal most
+            made = plans(*arguments)
+            most = max(most, len(made))
+            return [made[min(k, len(made) - 1)]]
+
+        monkeypatch.setattr(_plan, "plans", other)
+        forget_plans()
+        for got, want in zip(everything(case, data), results, strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert most == (3 if case.axis == 1 and case.shape[1] > 1 and len(case.shape) > 2 else 2)
+
+
 def test_a_turn_that_does_not_end_is_not_waited_for(backend):
     """A thread writes without, should the system stop the other one."""
     if backend != "numba":

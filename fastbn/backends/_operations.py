@@ -17,6 +17,7 @@ from fastbn._channels import Parameters
 from fastbn._engine import get_num_threads
 from fastbn.backends import _images, _plan, numpy_
 from fastbn.backends._plan import ROOM, cut
+from fastbn.backends._trials import Trials
 
 Array = NDArray[Any]
 
@@ -54,13 +55,14 @@ class Operations:
     ) -> tuple[Callable[..., None], Array, Array | None]:
         """Kernel, plan and room for x and so many arrays like it; `reduce` unless there is nothing but output."""
         kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None, reduce)
-        return kernel, plan, np.empty(room) if room > ROOM else None
+        return kernel, kernel.plan if plan is None else plan, np.empty(room) if room > ROOM else None
 
     def _prepare(
         self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool, reduce: bool
-    ) -> tuple[Callable[..., None], Array, int]:
-        plan, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
-        return self._kernel_of(dtype), plan, room
+    ) -> tuple[Any, Array | None, int]:
+        plans, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
+        kernel = self._kernel_of(dtype)
+        return (kernel, plans[0], room) if len(plans) == 1 else (Trials(kernel, plans), None, room)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""

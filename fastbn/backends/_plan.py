@@ -27,6 +27,8 @@ F. Two threads that stream behind a reduction whose input the third-level cache 
    32x1280x7x7 7.7 to 6.2; beyond that cache, where reading takes longer and the next run's input is asked for, backward
    passes gain nothing). For a while at times, the same two threads write at twice that rate, probably from two dies;
    turns then cost a tenth.
+G. Whether D to F pay depends on the hour: on the neighbours of a third-level cache, and on where two threads run. So
+   calls beyond the cache have several plans, and which is the fastest is tried out: `_trials`.
 """
 
 from __future__ import annotations
@@ -76,16 +78,17 @@ class Plan(NamedTuple):
 
 def cut(
     n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool, reduce: bool
-) -> tuple[NDArray[np.intp], int]:
-    """The `plan` of these arguments as kernels take it, and how many float64 values of room they need: `part`.
+) -> tuple[list[NDArray[np.intp]], int]:
+    """The `plans` of these arguments as kernels take them, and how many float64 values of room they need: `part`.
 
     That is for the sums of every block, and of the values that fill no row of the column nest; and for coefficients.
     Whole vectors are loaded of those. Kernels that need no more than `ROOM` take None (a layer's call on 32x64: 0.25 us
     less).
     """
-    made = plan(n, c, s, itemsize, arrays, threads, signs, reduce)
-    width = made.columns or c
-    return np.array(made, np.intp), 2 * (made.blocks + 1) * width + -(-(COEFFICIENTS * width + LANES) * itemsize // 8)
+    made = plans(n, c, s, itemsize, arrays, threads, signs, reduce)
+    width = made[0].columns or c
+    room = 2 * (made[0].blocks + 1) * width + -(-(COEFFICIENTS * width + LANES) * itemsize // 8)
+    return [np.array(each, np.intp) for each in made], room
 
 
 def plan(
@@ -115,6 +118,24 @@ def plan(
     if split and not signs:
         run = max(1, min(widest, c * blocks // (4 * threads)))
     return Plan(n, c, s, threads, split, streaming, run, 0, 0, 0, blocks, ahead, turns)
+
+
+def plans(
+    n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool = False, reduce: bool = True
+) -> list[Plan]:
+    """The `plan` of these arguments, and others that may be faster at times (G)."""
+    first = plan(n, c, s, itemsize, arrays, threads, signs, reduce)
+    made = [first]
+    if not first.ahead:
+        return made
+    streaming = first._replace(streaming=True)
+    if not first.streaming:
+        made.append(streaming)
+    if reduce and not first.split and first.threads == 2:
+        made.append(streaming._replace(turns=not first.turns))
+    if first.streaming and n * c * s * itemsize * arrays <= cache_bytes(3) * (1 if reduce else 2):
+        made.append(first._replace(streaming=False, turns=False, ahead=0))
+    return made
 
 
 def _folded_row(pixel: int) -> int:
