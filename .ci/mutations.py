@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(COMMON, "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
     Mutation(
         C,
-        "NAME(where)(tail, NAME(load)(dy + at), (V){0})",
-        "NAME(load)(dy + at)",
+        "NAME(widen)(NAME(where)(tail, gate, (V){0}))",
+        "NAME(widen)(gate)",
         "a row's last vector overlaps the one before",
         BACKWARD,
     ),

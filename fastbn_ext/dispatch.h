@@ -98,6 +98,16 @@ BEGIN_WITH("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c")
 #include "both_types.h"
 #include "image_types.h"
 END
+#undef MASKS
+#undef ISA
+#undef FMA_float
+#undef FMA_double
+#undef HALF
+#undef REGISTER
+#undef VECTOR_BYTES
+#undef BEGIN_WITH
+#undef END
+#undef PRAGMA
 #endif
 
 /* Instruction sets in order of preference; `kernels_of` takes an index into them. */
@@ -133,7 +143,7 @@ static inline int best_instruction_set(void) {
    gradients behind a ReLU 3.0, 3.5, 2.6). No other of its family has AVX-512; GCC 12 does not know its name. */
 static inline int first_instruction_set(void) {
     const int best = best_instruction_set();
-#if X86
+#if X86 && (defined(__clang__) || __GNUC__ > 10) /* older ones do not know the family */
     if (best == 0 && __builtin_cpu_is("amdfam19h")) return 1;
 #endif
     return best;

@@ -191,12 +191,13 @@ point void NAME(row_gradients)(const REAL *x, const REAL *dy, const uint16_t *si
         const Index from = length - LANES;
         const M tail = NAME(last)(length - i);
         for (Index r = 0, at = from; r < streams; r++, at += stride) {
-            V value = NAME(where)(tail, NAME(load)(dy + at), (V){0});
+            const V value = NAME(where)(tail, NAME(load)(x + at), NAME(splat)(mean)); /* 0 times infinity would be NaN */
+            V gate = NAME(load)(dy + at);
             if (kind != PLAIN)
-                value = NAME(activated)(value, NAME(open_at)(x + at, high, scale, low, SIGN(from, r)), slope);
-            const W g = NAME(widen)(value);
+                gate = NAME(activated)(gate, NAME(open_at)(x + at, high, scale, low, SIGN(from, r)), slope);
+            const W g = NAME(widen)(NAME(where)(tail, gate, (V){0}));
             dys = NAME(plus)(dys, g);
-            dots = NAME(fused)(g, NAME(minus)(NAME(load_widened)(x + at), around), dots);
+            dots = NAME(fused)(g, NAME(minus)(NAME(widen)(value), around), dots);
         }
     }
 #undef SIGN

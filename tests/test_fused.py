@@ -181,6 +181,21 @@ def test_nan_infinity_and_zero_pass_as_in_pytorch(torch, case, activation, with_
         assert_close(dresidual[known], expected_dresidual[known])
 
 
+@pytest.mark.parametrize("activation", (None, "relu", ("leaky_relu", 1e39)), ids=str)
+def test_an_infinite_value_is_one_term_wherever_it_lies(activation):
+    """Kernels that see some of a row's values twice must not make NaN of those that count no more."""
+    for place in range(22):
+        x = np.ones((4, 1, 22), np.float32)
+        x[:, 0, place] = np.inf
+        bn = make(Case(x.shape), mode="eval", activation=activation)
+        bn.weight[:] = 1
+        bn.bias[:] = bn.running_mean[:] = 0
+        bn(x)
+        bn.backward(np.ones_like(x))
+        assert bn.grads["weight"] == np.inf
+        assert bn.grads["bias"] == x.size
+
+
 @pytest.mark.parametrize("activation", (None, "relu"))
 def test_residual_in_any_layout_and_in_place(activation):
     case = Case((3, 5, 9, 7))

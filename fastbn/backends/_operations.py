@@ -51,18 +51,27 @@ class Operations:
         self._prepared = lru_cache(4096)(self._prepare)
 
     def _ready(
-        self, x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None, reduce: bool = True
+        self, flags: tuple[bool, bool, bool], x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None
     ) -> tuple[Callable[..., None], Array, Array | None]:
-        """Kernel, plan and room for x and so many arrays like it; `reduce` unless there is nothing but output."""
-        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None, reduce)
+        """Kernel, plan and room for x and so many arrays like it. Flags are the kernel's: backward, reduce, apply."""
+        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None, flags)
         return kernel, kernel.plan if plan is None else plan, np.empty(room) if room > ROOM else None
 
     def _prepare(
-        self, dtype: np.dtype[Any], n: int, c: int, s: int, arrays: int, threads: int, signs: bool, reduce: bool
+        self,
+        dtype: np.dtype[Any],
+        n: int,
+        c: int,
+        s: int,
+        arrays: int,
+        threads: int,
+        signs: bool,
+        flags: tuple[bool, bool, bool],
     ) -> tuple[Any, Array | None, int]:
+        _, reduce, apply = flags
         plans, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
         kernel = self._kernel_of(dtype)
-        return (kernel, plans[0], room) if len(plans) == 1 else (Trials(kernel, plans), None, room)
+        return (Trials(kernel, plans), None, room) if apply and len(plans) > 1 else (kernel, plans[0], room)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""
@@ -73,10 +82,11 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        kernel, plan, part = self._ready(x, n, c, s, 1)
+        flags = (False, True, False)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 1)
         stats = np.empty((2, c))
         kernel(
-            False, True, False, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
+            *flags, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
             None, None, None, None, stats, None, part,
         )  # fmt: skip
         mean[:], m2[:] = stats
@@ -112,9 +122,10 @@ class Operations:
         weight, bias, mean, var, wide = parameters
         if training and factor is None:
             mean = var = None
-        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs, training)
+        flags = (False, training, True)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
-            False, training, True, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
+            *flags, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
             weight, bias, mean, var, norm, None, part,
         )  # fmt: skip
 
@@ -131,9 +142,10 @@ class Operations:
         signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        kernel, plan, part = self._ready(x, n, c, s, 2 if residual is None else 3, signs, False)
+        flags = (False, False, True)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
-            False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
+            *flags, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
             None, None, None, None, norm, None, part,
         )  # fmt: skip
 
@@ -154,9 +166,10 @@ class Operations:
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs)
+        flags = (True, True, True)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 3 if dresidual is None else 4, signs)
         kernel(
-            True, True, True, plan, training, dweight.itemsize == 8, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual,
+            *flags, plan, training, dweight.itemsize == 8, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual,
             signs, dweight, dbias, None, None, norm, np.empty((4, c)), part,
         )  # fmt: skip
 
@@ -173,9 +186,10 @@ class Operations:
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        kernel, plan, part = self._ready(x, n, c, s, 2, signs)
+        flags = (True, True, False)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 2, signs)
         kernel(
-            True, True, False, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
+            *flags, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
             None, None, None, None, norm, sums, part,
         )  # fmt: skip
 
@@ -194,8 +208,9 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        kernel, plan, part = self._ready(x, n, c, s, 3 if dresidual is None else 4, signs, False)
+        flags = (True, False, True)
+        kernel, plan, part = self._ready(flags, x, n, c, s, 3 if dresidual is None else 4, signs)
         kernel(
-            True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
+            *flags, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
             None, None, None, None, norm, grads, part,
         )  # fmt: skip

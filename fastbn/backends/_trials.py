@@ -23,7 +23,7 @@ class Trials:
     """A kernel that is called with one of several plans, and measures how long it takes.
 
     Every plan has a round at the beginning, in order. Then the fastest goes on for as long as it is, and now and then
-    another one has a round. Threads that call at once may count a call for the wrong plan; no more can happen.
+    another one has a round. Threads that call at once may count a call for the wrong plan, but no plan is lost by that.
 
     Parameters
     ----------
@@ -49,7 +49,8 @@ class Trials:
             self._end_round()
 
     def _end_round(self) -> None:
-        self._seconds[self._now] = self._least
+        if self._least < float("inf"):  # else another thread has ended this round just now
+            self._seconds[self._now] = self._least
         self._rounds += 1
         self._now = self._seconds.index(min(self._seconds))
         if self._rounds % EVERY == 0:

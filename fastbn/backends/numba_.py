@@ -562,7 +562,7 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
                 g = gated(g, value, high, scale, low, slope, signs, sign, bit)
             g = widen(where(tail, g, like(g, 0.0)))
             sum_dy = fma(g, one, sum_dy)
-            dot = fma(g, widen(value) - around, dot)
+            dot = fma(g, widen(where(tail, value, like(value, mean))) - around, dot)  # 0 times infinity would be NaN
             at += stride
             sign += words
     return sum_dy, dot
