@@ -42,10 +42,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str] | None
 
 
 def write_checkpoint(state: dict[str, Array], metadata: dict[str, str] | None, path: Path) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file; raise OSError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(state, path, metadata=metadata)
+    try:
+        save_file(state, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from None
 
 
 def find_pairs(state: Mapping[str, Array], transposed: Iterable[str] = ()) -> Pairing:
@@ -56,7 +60,7 @@ def find_pairs(state: Mapping[str, Array], transposed: Iterable[str] = ()) -> Pa
     ``conv``, ``norm``), but not whether the batch norm stands behind its layer, as in ResNet, or in front of it, as
     in DenseNet. The shapes decide this, for all blocks of one kind together; where they allow both, it stays open.
     """
-    norms = {_module(key): state[key].shape for key in state if key.endswith(".running_mean")}
+    norms = {_module(key): state[key].shape for key in state if key.endswith(".running_mean") and state[key].ndim == 1}
     layers = {
         _module(key): _outputs_inputs(array.shape, _module(key) in set(transposed))
         for key, array in state.items()
@@ -98,7 +102,7 @@ def _pair_by_number(norms: Shapes, layers: Shapes, pairing: Pairing) -> None:
 
 def _pair_by_name(norms: Shapes, layers: Shapes, pairing: Pairing) -> None:
     kinds: dict[tuple[str, ...], list[_Block]] = defaultdict(list)
-    for block in _blocks(norms, layers).values():
+    for block in _blocks(norms, layers, pairing.left).values():
         kinds[block.kind].append(block)
     for blocks in kinds.values():
         behind = all(block.fits_behind(norms, layers) for block in blocks)
@@ -143,15 +147,32 @@ class _Block:
         return all(layers[layer][1] == norms[norm][0] for layer, norm in self.pairs(0))
 
 
-def _blocks(norms: Shapes, layers: Shapes) -> dict[str, _Block]:
-    """Gather the modules in which a layer and a batch norm have the same number."""
+def _blocks(norms: Shapes, layers: Shapes, left: dict[str, str]) -> dict[str, _Block]:
+    """Gather the modules in which a layer and a batch norm have the same number.
+
+    Of several layers with that number (``conv1``, ``fc1``) it is the one that the batch norm fits behind; where it fits
+    behind more than one, it is none of them, and `left` says so.
+    """
     blocks: dict[str, _Block] = defaultdict(_Block)
-    for names, pattern in ((layers, LAYER), (norms, NORM)):
-        for name in names:
-            parent, _, local = name.rpartition(".")
-            match = pattern.fullmatch(local)
-            if match is not None:
-                number = int(match[1] or -1)
-                block = blocks[parent]
-                (block.layers if names is layers else block.norms).setdefault(number, name)
+    rivals: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in norms:
+        if place := _place(name, NORM):
+            blocks[place[0]].norms.setdefault(place[1], name)
+    for name in layers:
+        if place := _place(name, LAYER):
+            rivals[place].append(name)
+    for (parent, number), names in rivals.items():
+        norm = blocks[parent].norms.get(number)
+        fitting = [name for name in names if norm is not None and layers[name][0] == norms[norm][0]]
+        if norm is not None and len(fitting) > 1:
+            left[norm] = f"by its shape it fits behind {' and '.join(fitting)}: name the pair"
+        else:
+            blocks[parent].layers[number] = (fitting or sorted(names))[0]
     return {parent: block for parent, block in blocks.items() if block.pairs(0)}
+
+
+def _place(name: str, pattern: re.Pattern[str]) -> tuple[str, int] | None:
+    """Return the module that a layer or batch norm is in, and the number in its name, -1 without one."""
+    parent, _, local = name.rpartition(".")
+    match = pattern.fullmatch(local)
+    return None if match is None else (parent, int(match[1] or -1))

@@ -15,8 +15,10 @@ import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
             if args.input.suffix == ".safetensors":
                 return _fold_checkpoint(args)
             return _fold_model(args)
+    except BrokenPipeError:  # nobody reads on: the caller's matter
+        raise
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         return _complain("error", _message(error))
 
@@ -113,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fold_model(args: argparse.Namespace) -> int:
-    _refuse_options(args, "an ONNX model", pairs=args.pairs, transposed=args.transposed)
+    eps = args.eps != DEFAULT_EPS
+    _refuse_options(args, "an ONNX model", pairs=args.pairs, transposed=args.transposed, eps=eps)
     output = _checked_output(args)
     from fastbn import onnx
 
@@ -161,9 +166,11 @@ def _check(args: argparse.Namespace, model: ModelProto, folded: Path) -> dict[st
     given = _read_inputs(args.inputs, model) if args.inputs else None
     shapes = {} if given is None else {name: array.shape for name, array in given.items()}
     shapes |= dict(_parse_shape(text) for text in args.shape)
-    random = comparing.random_inputs(model, comparing.input_shapes(model, shapes))
+    full = comparing.input_shapes(model, shapes)
     outputs: dict[str, Difference] = {}
-    feeds = [random] if given is None else [random, given]
+    feeds = [] if given is None else [given]
+    if given is None or all(map(comparing.drawable, comparing.required_inputs(model))):
+        feeds.append(comparing.random_inputs(model, full))
     with _progress("checking") as progress:
         for done, inputs in enumerate(feeds, start=1):
             try:
@@ -189,7 +196,7 @@ def _read_inputs(path: Path, model: ModelProto) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, EOFError, ValueError, AttributeError, TypeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
     wanted = {value.name: value.type.tensor_type.elem_type for value in required_inputs(model)}
     if arrays.keys() != wanted.keys():
@@ -311,24 +318,31 @@ def _refuse_options(args: argparse.Namespace, what: str, **options: object) -> N
 def _checked_output(args: argparse.Namespace) -> Path | None:
     """Return where to write, None for a dry run, once it is clear that it can be written."""
     if not args.input.is_file():
-        raise FileNotFoundError(f"{args.input}: no such file")
+        raise FileNotFoundError(f"{args.input}: {'not a file' if args.input.exists() else 'no such file'}")
     if args.dry_run:
         return None
     output: Path = args.output or args.input.with_name(f"{args.input.stem}.folded{args.input.suffix}")
+    if output.is_symlink():
+        output = output.resolve()  # what it points to is written, and the link stays
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output.parent}: no such folder")
     if output.is_dir():
         raise IsADirectoryError(f"{output}: is a folder")
+    if output.exists() and not output.is_file():  # it would be replaced
+        raise ValueError(f"{output}: is not a regular file")
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"{output.parent}: cannot be written")
     return output
 
 
 def _refuse_overwriting(outputs: set[Path], inputs: set[Path]) -> None:
-    for output in outputs:
-        for path in inputs:
-            if output.exists() and path.exists() and output.samefile(path):
-                raise ValueError(f"{output} would overwrite the input {path}")
+    for output, path in product(outputs, inputs):
+        try:
+            same = output.samefile(path)
+        except OSError:  # one of them is not there, or no name for a file
+            continue
+        if same:
+            raise ValueError(f"{output} would overwrite the input {path}")
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
@@ -358,7 +372,7 @@ def _print(what: Table | str) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else WIDE
-    Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+    Console(width=width, markup=False, emoji=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
 
 
 def _print_written(output: Path | None) -> None:

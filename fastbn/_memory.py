@@ -38,29 +38,38 @@ def _take(nbytes: int) -> Array:
     """So many bytes of a block that nobody sees any more and that is not much too large, else of a new one."""
     with _lock:
         size = nbytes + LINE
-        for i in range(len(_blocks)):  # a loop over the blocks themselves would hold one of them
-            if size <= _blocks[i].size <= size + size // 4 and _unseen(i):
-                _blocks.append(_blocks.pop(i))
-                break
-        else:
+        block = _taken_out(size)
+        if block is None:
             _drop(get_pool_limit() - size)
-            _blocks.append(np.empty(size, np.uint8))
-        start = -_blocks[-1].__array_interface__["data"][0] % LINE
-        return _blocks[-1][start : start + nbytes]
+            block = np.empty(size, np.uint8)
+        _blocks.append(block)
+        start = -block.__array_interface__["data"][0] % LINE
+        return block[start : start + nbytes]
 
 
-def _references(i: int) -> int:
-    return sys.getrefcount(_blocks[i])
+def _taken_out(size: int) -> Array | None:
+    """A block of about that size that nobody sees, out of the pool: no finaliser that runs from now on can take it."""
+    i = 0
+    while i < len(_blocks):
+        if size <= _blocks[i].size <= size + size // 4:
+            block = _blocks.pop(i)
+            if _references(block) == _ALONE:
+                return block
+            _blocks.insert(i, block)
+        i += 1
+    return None
 
 
-_blocks.append(np.empty(0, np.uint8))
-_UNSEEN = _references(0)  # what Python counts for a block that only the pool knows
-_blocks.clear()
+def _references(block: Array) -> int:
+    return sys.getrefcount(block)
 
 
-def _unseen(i: int) -> bool:
-    """Whether nothing but the pool refers to a block."""
-    return _references(i) == _UNSEEN
+def _references_of_one() -> int:
+    block = np.empty(0, np.uint8)
+    return _references(block)
+
+
+_ALONE = _references_of_one()  # what is counted for a block that one variable refers to
 
 
 def _drop(room: int) -> int:
@@ -70,12 +79,13 @@ def _drop(room: int) -> int:
     for unseen in (True, False):
         i = 0
         while held > max(room, 0) and i < len(_blocks):
-            if unseen and not _unseen(i):
+            block = _blocks.pop(i)
+            if unseen and _references(block) != _ALONE:
+                _blocks.insert(i, block)
                 i += 1
                 continue
-            size = _blocks.pop(i).size
-            held -= size
-            freed += size * unseen
+            held -= block.size
+            freed += block.size * unseen
     return freed
 
 

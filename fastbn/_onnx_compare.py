@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto, helper
 
 from fastbn._onnx_graph import tensors
 
@@ -124,13 +124,11 @@ def input_shapes(model: ModelProto, given: Mapping[str, tuple[int, ...]]) -> dic
     sizes: dict[str, int] = {}
     for name, shape in given.items():
         dims = values[name].type.tensor_type.shape.dim
-        fixed = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+        fixed = [_fixed(dim) for dim in dims]
         if values[name].type.tensor_type.HasField("shape") and (
             len(fixed) != len(shape) or any(a not in (None, b) for a, b in zip(fixed, shape, strict=True))
         ):
-            declared = ",".join(
-                dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?") for dim in dims
-            )
+            declared = ",".join(dim.dim_param or str(_fixed(dim) or "?") for dim in dims)
             raise ValueError(f"input {name} has shape {declared}, which {','.join(map(str, shape))} does not fit")
         sizes.update((dim.dim_param, size) for dim, size in zip(dims, shape, strict=False) if dim.dim_param)
     return {name: given.get(name) or _open_shape(value, sizes) for name, value in values.items()}
@@ -142,11 +140,13 @@ def _open_shape(value: ValueInfoProto, sizes: dict[str, int]) -> tuple[int, ...]
     shape = []
     for axis, dim in enumerate(dims):
         usual = BATCH if axis == 0 else spatial if axis > 1 else OTHER
-        if dim.HasField("dim_value"):
-            shape.append(dim.dim_value)
-        else:
-            shape.append(sizes.setdefault(dim.dim_param, usual) if dim.dim_param else usual)
+        shape.append(_fixed(dim) or (sizes.setdefault(dim.dim_param, usual) if dim.dim_param else usual))
     return tuple(shape)
+
+
+def _fixed(dim: TensorShapeProto.Dimension) -> int | None:
+    """Return the size of an axis; None where it is open, which older exporters write as 0 or -1."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
 
 
 def required_inputs(model: ModelProto) -> list[ValueInfoProto]:
@@ -155,15 +155,19 @@ def required_inputs(model: ModelProto) -> list[ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in initialized]
 
 
+def drawable(value: ValueInfoProto) -> bool:
+    """Say whether an input is one that random numbers can stand for."""
+    return value.type.HasField("tensor_type") and value.type.tensor_type.elem_type != TensorProto.STRING
+
+
 def random_inputs(model: ModelProto, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
     """Draw an input of each shape: floats from the normal distribution, integers and booleans from 0 and 1."""
     rng = np.random.default_rng(seed)
     inputs: dict[str, Array] = {}
     for value in required_inputs(model):
-        kind = value.type.tensor_type.elem_type
-        if not value.type.HasField("tensor_type") or kind == TensorProto.STRING:
+        if not drawable(value):
             raise ValueError(f"cannot make up input {value.name}, which is no numeric tensor: give it with --inputs")
-        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = shapes[value.name]
         draw = rng.integers(0, 2, shape) if dtype.kind in "iub" else rng.standard_normal(shape)
         inputs[value.name] = draw.astype(dtype)

@@ -41,7 +41,7 @@ class AttributeReferenceError(Exception):
     """An attribute inside a model function gets its value from the call."""
 
 
-class ConstantError(Exception):
+class ConstantError(ValueError):
     """A constant expression could not be computed."""
 
 
@@ -115,6 +115,7 @@ class Scope:
         self.path = path
         self.parent = parent
         self.nodes: list[Node] = []
+        self.children: list[Scope] = []  # in the order in which the given graph has them
         self.producers: dict[str, Node] = {}
         self.readers: dict[str, list[Node]] = {}  # of each name defined here, in nested scopes too
         self.exported: set[str] = set()  # names that something outside the nodes refers to
@@ -170,6 +171,7 @@ class Scope:
                 node.subscopes[attribute.name] = [
                     Scope(self.model, graph, path, self) for graph, path in zip(graphs, paths, strict=True)
                 ]
+                self.children += node.subscopes[attribute.name]
         constant = (
             node.op in FOLDABLE_CONSTANTS
             and not node.subscopes
@@ -262,10 +264,8 @@ class Scope:
 
     def rank(self, name: str) -> int | None:
         """Return the number of axes of a value where it can be known."""
-        root = self
-        while root.parent is not None:
-            root = root.parent
-        return self.model.rank(name) if root is self.model.graph else None
+        definer = self.definer(name)
+        return None if definer is None else self.model.ranks(definer).get(name)
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ class Model:
         self.source = source
         self.order: dict[Node, int] = {}
         self.names: set[str] = set()  # every name in use, of values and of nodes
-        self._ranks: dict[str, int] | None = None
+        self._ranks: dict[Scope, dict[str, int]] = {}
         self.graph = Scope(self, source.graph, "", None)
         self.functions = [Scope(self, function, f"{function.name}/", None) for function in source.functions]
         for info in source.training_info:
@@ -424,11 +424,20 @@ class Model:
         self.names.add(name)
         return name
 
-    def rank(self, name: str) -> int | None:
-        """Return the number of axes of a value where it can be known."""
-        if self._ranks is None:
-            self._ranks = _infer_ranks(self.source)
-        return self._ranks.get(name)
+    def ranks(self, scope: Scope) -> Mapping[str, int]:
+        """Return the number of axes of the values that a scope defines, where they can be known: not in functions."""
+        if not self._ranks:
+            self._note_ranks(self.graph, _with_shapes(self.source).graph)
+        return self._ranks.get(scope, {})
+
+    def _note_ranks(self, scope: Scope, graph: GraphProto) -> None:
+        self._ranks[scope] = {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if value.type.tensor_type.HasField("shape")
+        }
+        for child, inner in zip(scope.children, _subgraphs(graph), strict=True):
+            self._note_ranks(child, inner)
 
     def assemble(self) -> ModelProto:
         """Build the model as it is now. The scopes hand over their new values: this can be done once."""
@@ -444,10 +453,12 @@ class Model:
         """Break the circles of references, which would keep the given model in memory until the next collection."""
         for scope in {node.scope for node in self.order} | {self.graph, *self.functions}:
             scope.nodes.clear()
+            scope.children.clear()
             scope.producers.clear()
             scope.readers.clear()
             del scope.model
         self.order.clear()
+        self._ranks.clear()
 
 
 def bodies(model: ModelProto) -> Iterator[GraphProto | FunctionProto]:
@@ -456,8 +467,12 @@ def bodies(model: ModelProto) -> Iterator[GraphProto | FunctionProto]:
     while pending:
         body = pending.pop()
         yield body
-        for attribute in (attribute for node in body.node for attribute in node.attribute):
-            pending.extend([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs)
+        pending.extend(_subgraphs(body))
+
+
+def _subgraphs(body: GraphProto | FunctionProto) -> Iterator[GraphProto]:
+    for attribute in (attribute for node in body.node for attribute in node.attribute):
+        yield from [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
 
 
 def tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -511,8 +526,8 @@ def _evaluate(node: Node, values: Mapping[str, Array]) -> dict[str, Array]:
     return dict(zip(outputs, results, strict=True))
 
 
-def _infer_ranks(model: ModelProto) -> dict[str, int]:
-    """Infer the ranks of a model's values from a copy without its large weights."""
+def _with_shapes(model: ModelProto) -> ModelProto:
+    """Return a copy of a model without its large weights, and with what can be inferred of its values' shapes."""
     skeleton = ModelProto()
     copy_fields(model, skeleton, skip={"graph"})
     copy_fields(model.graph, skeleton.graph, skip={"initializer"})
@@ -523,13 +538,6 @@ def _infer_ranks(model: ModelProto) -> dict[str, int]:
         elif tensor.name not in declared:
             skeleton.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton)
+        return onnx.shape_inference.infer_shapes(skeleton)
     except onnx.shape_inference.InferenceError:
-        inferred = skeleton
-    ranks: dict[str, int] = {}
-    for body in bodies(inferred):
-        if isinstance(body, GraphProto):
-            for value in (*body.input, *body.value_info, *body.output):
-                if value.type.tensor_type.HasField("shape"):
-                    ranks[value.name] = len(value.type.tensor_type.shape.dim)
-    return ranks
+        return skeleton

@@ -129,6 +129,15 @@ def parameter(node: Node, index: int) -> Array:
     return value
 
 
+def known(node: Node, index: int) -> Array | None:
+    """Return the constant that a node reads; None where there is none, or none that can be computed."""
+    scope, name = node.scope, node.input(index)
+    try:
+        return scope.constant(name) if name and scope.is_constant(name) else None
+    except ConstantError:
+        return None
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Linear nodes
 # ----------------------------------------------------------------------------------------------------------------
@@ -250,8 +259,7 @@ class Term:
     position: int
     index: int
     value: Wide  # channels last
-    axis: int | None = None  # of the channels in an Add's result, which has
-    rank: int | None = None  # axes
+    axis: int | None = None  # of the channels in an Add's result
 
 
 def into_producer(bn: Node, affine: Affine, *, duplicate: bool) -> Placed:
@@ -336,7 +344,8 @@ def step_back(node: Node, axis: int, rank: int | None) -> tuple[str, int, int | 
 def axes_of(node: Node) -> list[int] | None:
     """Return the axes of a Squeeze or Unsqueeze, sorted, where they are known and count from the front."""
     if len(node.inputs) > 1:
-        axes = node.scope.constant(node.inputs[1]).tolist() if node.scope.is_constant(node.inputs[1]) else None
+        constant = known(node, 1)
+        axes = None if constant is None else constant.ravel().tolist()  # one axis may be a scalar
     else:
         axes = attribute(node, "axes", None)
     return None if axes is None or min(axes, default=-1) < 0 else sorted(axes)
@@ -344,12 +353,10 @@ def axes_of(node: Node) -> list[int] | None:
 
 def transparent(node: Node) -> bool:
     """Say whether a node hands its first input on as it is: Identity, and Dropout in inference."""
-    if node.op == "Identity":
-        return True
-    trains = bool(node.input(2)) and not (
-        node.scope.is_constant(node.input(2)) and not node.scope.constant(node.input(2)).any()
-    )
-    return node.op == "Dropout" and not trains and not any(node.outputs[1:])
+    if node.op != "Dropout" or any(node.outputs[1:]):
+        return node.op == "Identity"
+    training = known(node, 2)
+    return not node.input(2) or (training is not None and not training.any())
 
 
 def check_channels(trail: Trail, weight: Weight, affine: Affine) -> None:
@@ -519,7 +526,7 @@ def takers_of(bn: Node, name: str, affine: Affine) -> Iterator[Taken]:
         if reader.op in ("Shape", "Size"):
             continue
         try:
-            if hands_on(reader, affine):
+            if reader.scope is bn.scope and hands_on(reader, affine):
                 yield from takers_of(bn, reader.outputs[0], affine)
             else:
                 yield taken_by(reader, bn, name, affine)
@@ -620,14 +627,14 @@ def hands_on(node: Node, affine: Affine) -> bool:
         return True
     if node.op != "Pad" or node.input(3):
         return False
-    constant = node.scope.is_constant
-    if any(name and not constant(name) for name in node.inputs[1:3]):
+    amounts, filler = known(node, 1), known(node, 2)
+    if (node.input(1) and amounts is None) or (node.input(2) and filler is None):
         return False
-    pads = node.scope.constant(node.inputs[1]).tolist() if node.input(1) else attribute(node, "pads", [])
+    pads = attribute(node, "pads", []) if amounts is None else amounts.tolist()
     rank = len(pads) // 2
     if rank < 2 or any((*pads[:2], *pads[rank : rank + 2])):  # batch and channels
         return False
-    value = float(node.scope.constant(node.inputs[2]).item() if node.input(2) else attribute(node, "value", 0.0))
+    value = float(attribute(node, "value", 0.0) if filler is None else filler.item())
     return attribute(node, "mode", b"constant") != b"constant" or bool(np.all(affine(np.float64(value)) == value))
 
 

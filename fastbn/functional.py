@@ -47,6 +47,7 @@ class Saved:
     batch: bool  # whether the statistics were the batch's own
     residual: bool
     overwritten: bool  # the output lies over x
+    backend: Any  # the signs are its own, in number and order
     total: int | None = None  # values a channel behind the statistics, where they are not this batch's alone
 
 
@@ -121,7 +122,7 @@ def batch_norm(
     if not training:
         return _normalize_running(xv, None, parameters, eps, 1.0, out)[0]
     if out is not None:
-        check_apart(out, *running)
+        check_apart(out, running_mean, running_var)
     y, _ = _normalize_batch(xv, None, parameters, eps, 1.0, out, momentum)
     _write_back(parameters, running_mean, running_var)
     return y
@@ -201,7 +202,7 @@ def batch_norm_backward(
         weight = channel_vector(weight, "weight", xv.c)
         norm[4] *= weight
         dtype = weight.dtype
-    saved = Saved(xv, norm, None, 1.0, truth(training, "training"), False, False)
+    saved = Saved(xv, norm, None, 1.0, truth(training, "training"), False, False, kernels())
     dx, _, dweight, dbias = _gradients(dy, saved, dtype, out)
     return dx, dweight, dbias
 
@@ -277,13 +278,14 @@ def _normalize_batch(
     count = xv.n * xv.s
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
-    y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
+    backend = kernels()
+    y, res, signs, overwritten = _prepare(backend, xv, residual, slope, out, parameters[:2])
     norm = np.empty((6, xv.c))
     if xv.array.size:
-        kernels().forward(xv.array, res, parameters, True, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
+        backend.forward(xv.array, res, parameters, True, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
         norm[:3], norm[3:] = np.nan, 0.0
-    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten)
+    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten, backend)
 
 
 def _normalize_merged(
@@ -297,15 +299,16 @@ def _normalize_merged(
 ) -> tuple[Array, Saved]:
     """Training forward with the statistics that `merged` makes of the batch's count, mean and m2."""
     eps = _training_eps(eps)
-    y, res, signs, overwritten = _prepare(xv, residual, slope, out, parameters[:2])
+    backend = kernels()
+    y, res, signs, overwritten = _prepare(backend, xv, residual, slope, out, parameters[:2])
     size, (mean, m2) = (xv.n, xv.c, xv.s), np.zeros((2, xv.c))
     if xv.array.size:
-        kernels().moments(xv.array, *size, mean, np.empty(xv.c), m2)
+        backend.moments(xv.array, *size, mean, np.empty(xv.c), m2)
     total, mean, m2 = merged(xv.n * xv.s, mean, m2)
     norm = finish_statistics(max(total, 1), mean, m2, parameters, eps)
     if xv.array.size:
-        kernels().transform(xv.array, res, norm, slope, *size, y, signs)
-    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten, total)
+        backend.transform(xv.array, res, norm, slope, *size, y, signs)
+    return _delivered(y, out), Saved(xv, norm, signs, slope, True, residual is not None, overwritten, backend, total)
 
 
 def _normalize_running(
@@ -315,23 +318,25 @@ def _normalize_running(
     eps = real(eps, "eps")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    y, res, signs, overwritten = _prepare(xv, residual, slope, out, ())
+    backend = kernels()
+    y, res, signs, overwritten = _prepare(backend, xv, residual, slope, out, ())
     if xv.array.size:
         norm = np.empty((6, xv.c))
-        kernels().forward(xv.array, res, parameters, False, None, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
+        backend.forward(xv.array, res, parameters, False, None, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:
         norm = fold(parameters, eps)
-    return _delivered(y, out), Saved(xv, norm, signs, slope, False, residual is not None, overwritten)
+    return _delivered(y, out), Saved(xv, norm, signs, slope, False, residual is not None, overwritten, backend)
 
 
 def _transform(
     xv: View, residual: Any, norm: Array, slope: float, out: Array | None, keep_signs: bool = True
-) -> tuple[Array, Array | None, bool]:
-    """y = activation((x - center) * scale + shift + residual), its signs, and whether it lies over x."""
-    y, res, signs, overwritten = _prepare(xv, residual, slope, out, (), keep_signs)
+) -> tuple[Array, Array | None, bool, Any]:
+    """y = activation((x - center) * scale + shift + residual), its signs, whether it lies over x, and the backend."""
+    backend = kernels()
+    y, res, signs, overwritten = _prepare(backend, xv, residual, slope, out, (), keep_signs)
     if xv.array.size:
-        kernels().transform(xv.array, res, norm, slope, xv.n, xv.c, xv.s, y, signs)
-    return _delivered(y, out), signs, overwritten
+        backend.transform(xv.array, res, norm, slope, xv.n, xv.c, xv.s, y, signs)
+    return _delivered(y, out), signs, overwritten, backend
 
 
 def _gradients(
@@ -345,7 +350,7 @@ def _gradients(
 
     `finish` makes `grads` of `sums`, see `finish_gradient`, where the statistics were others than this batch's.
     """
-    xv, norm = saved.x, saved.norm
+    xv, norm, backend = saved.x, saved.norm, saved.backend
     dy = _checked_gradient(dy, xv.array)
     g = same_layout(dy, xv)
     dx = out
@@ -360,12 +365,12 @@ def _gradients(
     if not xv.array.size:
         dweight[:] = dbias[:] = 0
     elif finish is None:
-        kernels().backward(g, xv.array, norm, saved.batch, *activation, *size, dx, dresidual, dweight, dbias)
+        backend.backward(g, xv.array, norm, saved.batch, *activation, *size, dx, dresidual, dweight, dbias)
     else:
         sums = np.empty((2, xv.c))
-        kernels().gradient_sums(g, xv.array, norm, *activation, *size, sums)
+        backend.gradient_sums(g, xv.array, norm, *activation, *size, sums)
         grads = finish(sums)
-        kernels().gradient_apply(g, xv.array, norm, *activation, *size, dx, dresidual, grads)
+        backend.gradient_apply(g, xv.array, norm, *activation, *size, dx, dresidual, grads)
         dweight[:], dbias[:] = grads[:2]
     return _delivered(dx, out), dresidual, dweight, dbias
 
@@ -381,7 +386,13 @@ def _checked_gradient(dy: Any, x: Array) -> Array:
 
 
 def _prepare(
-    xv: View, residual: Any, slope: float, out: Array | None, others: tuple[Array | None, ...], keep_signs: bool = True
+    backend: Any,
+    xv: View,
+    residual: Any,
+    slope: float,
+    out: Array | None,
+    others: tuple[Array | None, ...],
+    keep_signs: bool = True,
 ) -> tuple[Array, Array | None, Array | None, bool]:
     """The array to compute into, the residual laid out as x is, room for signs, and whether `out` lies over x."""
     x, res, signs = xv.array, None, None
@@ -394,7 +405,7 @@ def _prepare(
         res = same_layout(residual, xv)
         others = (*others, residual)
         if slope != 1.0 and keep_signs:
-            signs = np.empty(kernels().sign_words(xv.n, xv.c, xv.s, x.itemsize), np.uint16)
+            signs = np.empty(backend.sign_words(xv.n, xv.c, xv.s, x.itemsize), np.uint16)
     if out is None:
         return empty_like(x), res, signs, False
     check_out(out, x.shape, x.dtype)

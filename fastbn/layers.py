@@ -48,8 +48,10 @@ class _BatchNorm:
     _ranks: tuple[int, ...]  # the numbers of dimensions that a layer takes
     _buffers: tuple[str, ...] = ("running_mean", "running_var", "num_batches_tracked")  # of the state, where not None
 
-    def __init_subclass__(cls) -> None:
-        cls.__doc__ = f"{cls.__doc__}{_PARAMETERS}"
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if cls.__module__ == __name__:  # other people's classes have their own words
+            cls.__doc__ = f"{cls.__doc__}{_PARAMETERS}"
 
     def __init__(
         self,
@@ -74,7 +76,6 @@ class _BatchNorm:
         self.axis = integer(axis, "axis")
         self.dtype = _dtype(dtype)
         self.activation = activation
-        self._slope = slope_of(activation)
         self.training = True
         self.params: dict[str, Array] = {}
         self.grads: dict[str, Array] = {}
@@ -134,7 +135,7 @@ class _BatchNorm:
             if type(self.momentum) is not float:
                 self.momentum = _momentum(self.momentum)
             if out is not None and self.training:
-                check_apart(out, parameters.running_mean, parameters.running_var)
+                check_apart(out, self.running_mean, self.running_var)
         except Exception as error:
             if self._detour is not None and self.training:
                 self._detour.refuse(error)
@@ -257,6 +258,15 @@ class _BatchNorm:
     # --- parameters and modes ---
 
     @property
+    def activation(self) -> Activation:
+        """None, "relu" or ("leaky_relu", slope); the next forward applies what is assigned."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation) -> None:
+        self._slope, self._activation = slope_of(activation), activation
+
+    @property
     def _vectors(self) -> dict[str, Array]:
         """Weight and bias, as far as there are any, whether trained or not."""
         return self.params
@@ -364,14 +374,17 @@ class _BatchNorm:
                     loaded[key] = _like(own[key], state[key], key)
                 except (ValueError, TypeError) as error:
                     problems.append(f"{key}: {error}")
+                current = getattr(self, key)
+                if isinstance(current, np.ndarray) and not current.flags.writeable:
+                    problems.append(f"{key}: the layer's array is read-only")
         if problems:
             raise ValueError(f"cannot load the state into {self!r}: " + "; ".join(problems))
         for key, value in loaded.items():
             current = getattr(self, key)
             if isinstance(current, np.ndarray):
                 current[...] = value
-            else:  # a counter
-                setattr(self, key, value.item())
+            else:  # a counter, or a list in an array's place
+                setattr(self, key, value if value.ndim else value.item())
         return IncompatibleKeys(missing, unexpected)
 
     def fold(self) -> ScaleShift:
@@ -394,14 +407,14 @@ class _BatchNorm:
         return {**self.__dict__, "_saved": None, "_checked": None, "_comm": None, "_detour": None}
 
     def __copy__(self) -> Self:
-        return self._copied(self.__getstate__())
+        return self._copied(self.__getstate__(), object.__new__(type(self)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._copied(copy.deepcopy(self.__getstate__(), memo))
+        memo[id(self)] = layer = object.__new__(type(self))  # first: the state may refer to the layer
+        return self._copied(copy.deepcopy(self.__getstate__(), memo), layer)
 
-    def _copied(self, state: dict[str, Any]) -> Self:
-        """A layer with this state and the same communicator."""
-        layer = object.__new__(type(self))
+    def _copied(self, state: dict[str, Any], layer: Self) -> Self:
+        """The layer with this state and the same communicator."""
         layer.__dict__.update(state)
         layer.comm = self.comm
         return layer
@@ -577,7 +590,9 @@ def slope_of(activation: Activation) -> float:
             return 1.0
         case str() if activation == "relu":
             return 0.0
-        case (str() as kind, float() | int() as slope) if kind == "leaky_relu" and not isinstance(slope, bool):
+        case (str() as kind, float() | int() | np.floating() | np.integer() as slope) if (
+            kind == "leaky_relu" and not isinstance(slope, bool)
+        ):
             if math.isfinite(number := real(slope, "the slope of leaky_relu")):
                 return number
     raise ValueError(f"activation must be None, 'relu' or ('leaky_relu', slope), got {described(activation)}")
@@ -618,6 +633,8 @@ def _like(own: Array, value: Any, name: str) -> Array:
     array = converted(value, name)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"expected numbers, got {array.dtype}")
+    if array.shape == (1,) and own.shape == ():  # as PyTorch's first versions wrote a counter
+        array = array[0]
     if array.shape != own.shape:
         raise ValueError(f"expected shape {own.shape}, got {array.shape}")
     if own.dtype.kind == "i" and not (0 <= float(array) < 2.0**63 and float(array).is_integer()):

@@ -44,6 +44,7 @@ from fastbn.folding import Affine
 
 __all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read", "save"]
 
+SMALL = 1024  # bytes of a tensor that is never put into a file of its own, as onnx has it
 LARGEST_FILE = 2**31 - 2**24  # bytes of tensors: protobuf cannot write more than 2 GiB, the graph included
 
 
@@ -195,10 +196,10 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, external: bool = Fa
     """Write a model aside and move it into place, so that no half-written file is ever to be seen.
 
     With ``external``, and always where the weights exceed the 2 GiB that one ONNX file can hold, they go into a file
-    of their own, called as the model with ``.data`` behind.
+    of their own, called as the model with ``.data`` behind; small tensors stay, for runtimes want shapes at hand.
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".fastbn-", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         write(model, aside, external=external)
         move(aside, path)
@@ -212,7 +213,7 @@ def write(model: ModelProto, path: Path, *, external: bool) -> None:
         return
     separated = ModelProto()
     separated.CopyFrom(model)  # onnx moves the weights out of the model it saves
-    onnx.save_model(separated, path, save_as_external_data=True, location=data_path(path).name, size_threshold=0)
+    onnx.save_model(separated, path, save_as_external_data=True, location=data_path(path).name, size_threshold=SMALL)
 
 
 def _serialized(model: ModelProto) -> Iterator[bytes]:
@@ -257,7 +258,7 @@ def data_path(path: Path) -> Path:
 
 def move(aside: Path, path: Path) -> None:
     """Move a model, and before it its external data, into place."""
-    if data_path(aside).exists():
+    if data_path(aside) in aside.parent.iterdir():  # to ask for a name that is too long would be an error
         data_path(aside).replace(data_path(path))
     aside.replace(path)
 

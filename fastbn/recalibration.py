@@ -138,7 +138,7 @@ class _State:
             raise TypeError(
                 f"recalibrate takes BatchNorm1d, 2d and 3d layers, got {name} of type {type(layer).__name__}"
             )
-        running = layer._running()
+        running = layer._running(update=True)
         if not layer.track_running_stats or running is None:
             raise ValueError(f"recalibrate sets running statistics, and {name} has none: {layer!r}")
         self.name, self.layer = name, layer

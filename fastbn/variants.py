@@ -97,8 +97,8 @@ class _Variant(_BatchNorm):
 
     def _scale(self, xv: View, residual: Any, out: Array | None, norm: Array, *, batch: bool) -> tuple[Array, F.Saved]:
         """y = activation((x - center) * scale + shift + residual), and what it leaves for the gradients."""
-        y, signs, overwritten = F._transform(xv, residual, norm, self._slope, out)
-        return y, F.Saved(xv, norm, signs, self._slope, batch, residual is not None, overwritten)
+        y, signs, overwritten, backend = F._transform(xv, residual, norm, self._slope, out)
+        return y, F.Saved(xv, norm, signs, self._slope, batch, residual is not None, overwritten, backend)
 
     def _moments(self, xv: View) -> tuple[Array, Array]:
         """Mean and m2 of the batch, (C,)."""
@@ -175,10 +175,11 @@ class GhostBatchNorm(_Variant):
 
     def _train(self, xv: View, residual: Any, out: Array | None) -> tuple[Array, F.Saved, Any]:
         running = self._running(update=True) if self.training and self.track_running_stats else None
-        check_apart(out, *(running or (None, None)))
+        if running:
+            check_apart(out, self.running_mean, self.running_var)
         vectors = F._weight_and_bias(self.weight, self.bias, self.num_features)
         parameters = Parameters.of(*vectors, *(running or ()))
-        y, _, _, overwritten = F._prepare(xv, residual, 1.0, out, vectors)
+        y, _, _, overwritten = F._prepare(kernels(), xv, residual, 1.0, out, vectors)
         residual = None if residual is None else floating(residual)
         parts, saved = self._parts(xv), []
         for part in parts:
@@ -187,7 +188,7 @@ class GhostBatchNorm(_Variant):
         if xv.array.size:
             for ghost in saved:
                 self._track(parameters, ghost, ghost.x.n * ghost.x.s)
-        whole = F.Saved(xv, np.empty((6, 0)), None, self._slope, True, residual is not None, overwritten)
+        whole = F.Saved(xv, np.empty((6, 0)), None, self._slope, True, residual is not None, overwritten, None)
         return F._delivered(y, out), whole, list(zip(parts, saved, strict=True))
 
     def _parts(self, xv: View) -> list[tuple[slice, ...]]:
@@ -314,7 +315,7 @@ class BatchRenorm(_Variant):
         parameters = Parameters.of(*F._weight_and_bias(self.weight, self.bias, self.num_features))
         running_mean = channel_vector(self.running_mean, "running_mean", self.num_features, update=True)
         running_std = channel_vector(self.running_std, "running_std", self.num_features, update=True)
-        check_apart(out, running_mean, running_std)
+        check_apart(out, self.running_mean, self.running_std)
         mean, m2 = self._moments(xv)
         norm = finish_statistics(max(xv.n * xv.s, 1), mean, m2, parameters, self.eps)
         with np.errstate(all="ignore"):
@@ -325,10 +326,12 @@ class BatchRenorm(_Variant):
             norm[5] += (1.0 if parameters.weight is None else parameters.weight) * d
         y, saved = self._scale(xv, residual, out, norm, batch=True)
         if xv.array.size:
-            self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
-            factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            for running, new in ((self.running_mean, mean), (self.running_std, std)):
-                running[:] = running + factor * (new - running)
+            count = (self.num_batches_tracked or 0) + 1
+            factor = 1 / count if self.momentum is None else self.momentum
+            with np.errstate(all="ignore"):
+                for running, new in ((self.running_mean, mean), (self.running_std, std)):
+                    running[:] = running + factor * (new - running)
+            self.num_batches_tracked = count
         return y, saved, (r, d)
 
     def _gradients(self, dy: Any, saved: F.Saved, out: Array | None) -> tuple[Array, Array | None, Array, Array]:
@@ -338,7 +341,7 @@ class BatchRenorm(_Variant):
         dx, dresidual, dweight, dbias = F._gradients(dy, saved, np.dtype(np.float64), out)
         with np.errstate(all="ignore"):
             dweight = r * dweight + d * dbias
-        return dx, dresidual, dweight.astype(self.dtype), dbias.astype(self.dtype)
+            return dx, dresidual, dweight.astype(self.dtype), dbias.astype(self.dtype)
 
     def _options(self) -> str:
         return (

@@ -157,6 +157,27 @@ def test_check_on_given_inputs(tmp_path, capsys):
     assert document["check"]["outputs"][0]["max_abs"] > 1e-3, "outputs of size 1e6 differ by more than random ones"
 
 
+def test_inputs_that_are_given_need_not_be_made_up(tmp_path, capsys):
+    graph = Graph(2, 4, 9, 8)
+    graph.inputs.append(helper.make_tensor_value_info("s", TensorProto.STRING, [2]))
+    model = graph.model(graph.norm(graph.conv("x", 4, 5), 5), graph.add("Identity", "s"))
+    path, inputs = tmp_path / "model.onnx", tmp_path / "inputs.npz"
+    onnx.save(model, path)
+    assert main(["fold", str(path), "--check"]) == 2
+    assert "cannot make up input s" in one_line(capsys)
+    np.savez(inputs, x=np.ones((2, 4, 9, 8), np.float32), s=np.array(["a", "b"]))
+    assert main(["fold", str(path), "--check", "--inputs", str(inputs)]) == 0
+
+
+def test_sizes_that_are_not_positive_are_open():
+    model = Graph(-1, 4, 0, 8).model()
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 9
+    assert input_shapes(model, {}) == {"x": (1, 4, 224, 9)}
+    assert input_shapes(model, {"x": (2, 4, 7, 9)}) == {"x": (2, 4, 7, 9)}
+    with pytest.raises(ValueError, match=re.escape("has shape ?,4,?,9, which 2,5,7,9 does not fit")):
+        input_shapes(model, {"x": (2, 5, 7, 9)})
+
+
 def test_dynamic_axes_and_shapes(tmp_path, capsys):
     graph = Graph("batch", 4, "height", "width")
     model = graph.model(graph.norm(graph.conv("x", 4, 6), 6))
@@ -205,7 +226,7 @@ def one_line(capsys):
     "arguments, message",
     (
         (["absent.onnx"], "absent.onnx: no such file"),
-        (["."], "no such file"),
+        (["."], "not a file"),
         (["text.onnx"], "text.onnx is not an ONNX model"),
         (["empty.onnx"], "it has no graph"),
         (["cut.onnx"], "cut short"),
@@ -214,6 +235,9 @@ def one_line(capsys):
         (["model.onnx", "-o", "link.onnx"], "would overwrite the input"),
         (["model.onnx", "-o", "absent/out.onnx"], "absent: no such folder"),
         (["model.onnx", "-o", "folder"], "folder: is a folder"),
+        (["model.onnx", "-o", "pipe"], "pipe: is not a regular file"),
+        (["model.onnx", "--eps", "0.1"], "to which --eps does not apply"),
+        (["model.onnx", "--inputs", "damaged.npz"], "damaged.npz is not an .npz file"),
         (["model.onnx", "--check", "--tolerance", "nan"], "--tolerance must be finite"),
         (["model.onnx", "--check", "--tolerance", "-1"], "--tolerance must be finite"),
         (["model.onnx", "--shape", "x"], "--shape wants NAME=1,3,224,224, got 'x'"),
@@ -238,6 +262,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     (tmp_path / "empty.onnx").write_bytes(b"")
     (tmp_path / "cut.onnx").write_bytes(model.SerializeToString()[:-50])
     (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    np.savez_compressed("damaged.npz", x=np.arange(576.0).reshape(2, 4, 9, 8))
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[60:90] = bytes(30)
+    (tmp_path / "damaged.npz").write_bytes(damaged)
     np.savez("other.npz", y=np.zeros(3))
     np.savez("complex.npz", x=np.zeros((2, 4, 9, 8), complex))
     np.savez("small.npz", x=np.zeros((1, 2)))
@@ -251,6 +280,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     assert main(["fold", *arguments]) == 2
     assert re.search(message, one_line(capsys))
     assert files(Path()) == before
+
+
+def test_a_link_is_followed(model_path, capsys):
+    target, link = model_path.with_name("target.onnx"), model_path.with_name("out.onnx")
+    target.write_bytes(b"")
+    link.symlink_to(target)
+    assert main(["fold", str(model_path), "-o", str(link)]) == 0
+    capsys.readouterr()
+    assert link.is_symlink()
+    assert len(onnx.load(target).graph.node) > 0
 
 
 def test_unwritable_output(model_path, capsys, monkeypatch):
@@ -394,6 +433,20 @@ def test_what_names_and_shapes_leave_open_stays_open():
     assert pairing.left["1"] == "0 gives 8 channels, it has 9"
     assert "fits its layer neither way" in pairing.left["head.bn"]
     assert "no layer stands in front" in pairing.left["lonely"]
+
+
+def test_of_layers_with_one_number_the_fitting_one_is_taken():
+    conv, fc = ("conv1", (16, 3, 3, 3)), ("fc1", (16, 40))
+    assert find_pairs(network(conv, ("bn1", 16), ("fc1", (10, 16)))).pairs == [("conv1", "bn1")]
+    assert find_pairs(network(("conv1", (8, 3, 3, 3)), fc, ("bn1", 16))).pairs == [("fc1", "bn1")]
+    pairing = find_pairs(network(conv, fc, ("bn1", 16)))
+    assert pairing.pairs == []
+    assert pairing.left == {"bn1": "by its shape it fits behind conv1 and fc1: name the pair"}
+
+
+def test_statistics_that_are_no_batch_norm_s_are_no_matter():
+    state = network(("conv1", (16, 3, 3, 3)), ("bn1", 16)) | {"obs.running_mean": np.array(0.5)}
+    assert find_pairs(state).pairs == [("conv1", "bn1")]
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float16, ml_dtypes.bfloat16))

@@ -383,3 +383,79 @@ def test_folded_layer_pickles():
 def test_fold_needs_running_statistics():
     with pytest.raises((ValueError, RuntimeError), match="running"):
         fastbn.BatchNorm2d(3, track_running_stats=False).fold()
+
+
+@pytest.mark.parametrize("shape", ((4, 2), (16, 8, 40)))
+def test_backward_uses_the_backend_of_its_forward(shape):
+    """Signs of a forward with activation and residual are laid out as its backend wants them."""
+    rng = np.random.default_rng(0)
+    x, residual, dy = (rng.standard_normal(shape) for _ in range(3))
+    bn = fastbn.BatchNorm1d(shape[1], activation="relu")
+    bn(x, residual=residual)
+    expected = bn.backward(dy)
+    for other in fastbn.available_backends():
+        bn(x, residual=residual)
+        with fastbn.use_backend(other):
+            for got, want in zip(bn.backward(dy), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+def test_an_activation_that_is_assigned_is_applied():
+    bn = fastbn.BatchNorm1d(2).eval()
+    x = -np.ones((3, 2), np.float32)
+    bn.activation = "relu"
+    np.testing.assert_array_equal(bn(x), 0)
+    np.testing.assert_array_equal(bn.fold()(x), 0)
+    with pytest.raises(ValueError, match="activation must be"):
+        bn.activation = "sigmoid"
+    assert bn.activation == "relu"
+    np.testing.assert_array_equal(bn(x), 0)
+
+
+@pytest.mark.parametrize("slope", (np.float32(0.5), np.int64(2)))
+def test_a_slope_may_be_numpy_s(slope):
+    bn = fastbn.BatchNorm1d(2, eps=0, activation=("leaky_relu", slope)).eval()
+    np.testing.assert_array_equal(bn(-np.ones((3, 2), np.float32)), -slope)
+
+
+def test_a_state_that_cannot_be_taken_over_changes_nothing():
+    bn, other = fastbn.BatchNorm1d(2), fastbn.BatchNorm1d(2)
+    other.weight[:] = 7
+    bn.running_mean.flags.writeable = False
+    with pytest.raises(ValueError, match=r"running_mean: the layer's array is read-only"):
+        bn.load_state_dict(other.state_dict())
+    np.testing.assert_array_equal(bn.weight, 1)
+    bn.running_mean = [3.0, 3.0]
+    bn.load_state_dict(other.state_dict())
+    np.testing.assert_array_equal(bn.weight, 7)
+    np.testing.assert_array_equal(bn.running_mean, 0)
+
+
+def test_a_counter_of_one_element_loads(torch):
+    """PyTorch's first versions wrote it so, and it reads it still."""
+    state = fastbn.BatchNorm1d(2).state_dict() | {"num_batches_tracked": np.array([5])}
+    bn, peer = fastbn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    bn.load_state_dict(state)
+    peer.load_state_dict({key: torch.as_tensor(value) for key, value in state.items()})
+    assert bn.num_batches_tracked == int(peer.num_batches_tracked) == 5
+
+
+def test_a_layer_that_refers_to_itself_is_copied():
+    bn = fastbn.BatchNorm1d(2)
+    bn.me = bn
+    duplicate = copy.deepcopy(bn)
+    assert duplicate.me is duplicate is not bn
+
+
+def test_classes_of_others_keep_their_words():
+    class Mine(fastbn.BatchNorm1d):
+        def __init_subclass__(cls, flag=False, **keywords):
+            super().__init_subclass__(**keywords)
+            cls.flag = flag
+
+    class Other(Mine, flag=True):
+        """Other words."""
+
+    assert Mine.__doc__ is None
+    assert Other.__doc__ == "Other words."
+    assert Other.flag

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 from subprocesses import python
 
 import fastbn
+from fastbn import _memory
 
 MIB = 1 << 20
 SHAPE = (16, 4, 64, 128)
@@ -24,6 +26,15 @@ def empty_pool() -> Iterator[None]:
     fastbn.release_pool()
     yield
     fastbn.set_pool_limit(limit)
+
+
+@pytest.fixture
+def keep_collector() -> Iterator[None]:
+    """Leave the garbage collector as it was."""
+    threshold = gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
+    gc.enable()
 
 
 def shifted(by: float, n: int = SHAPE[0]) -> np.ndarray:
@@ -228,3 +239,29 @@ def test_nonsense_in_the_environment_is_an_error(text):
     result = python("import fastbn; fastbn.get_pool_limit()", check=False, FASTBN_POOL_LIMIT=text)
     for word in ("ValueError", "FASTBN_POOL_LIMIT", text):
         assert word in result.stderr
+
+
+@pytest.mark.usefixtures("keep_collector")
+def test_a_finaliser_gets_memory_of_its_own():
+    """Whenever the collector runs while an output is made, what a finaliser makes then lies elsewhere."""
+
+    class Node:
+        def __init__(self, kept: list[np.ndarray]) -> None:
+            self.me, self.kept = self, kept
+
+        def __del__(self) -> None:
+            self.kept.append(_memory.empty_like(ZEROS))
+
+    _memory.empty_like(ZEROS)
+    gc.collect()
+    gc.disable()
+    for threshold in range(1, 40):
+        kept: list[np.ndarray] = []
+        Node(kept)
+        gc.set_threshold(threshold)
+        gc.enable()
+        y = _memory.empty_like(ZEROS)
+        gc.disable()
+        gc.collect()
+        assert not np.shares_memory(y, *kept)
+        del y

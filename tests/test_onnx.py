@@ -189,11 +189,12 @@ def test_model_of_ir_3_keeps_its_form():
 
 def test_external_data_is_read_and_written(tmp_path):
     graph = Graph(1, 4, 8, 8)
-    model = graph.model(graph.norm(graph.conv("x", 4, 6), 6))
+    y = graph.norm(graph.conv("x", 4, 16), 16)
+    model = graph.model(graph.add("Reshape", y, graph.const([1, -1], dtype=np.int64)))
     path, target = tmp_path / "model.onnx", tmp_path / "folded.onnx"
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    onnx.save(copy, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(copy, path, save_as_external_data=True, location="weights.bin")
     assert read(path)[1] == {tmp_path / "weights.bin"}
     result = fold(path)
     assert result.model == fold(model).model
@@ -204,13 +205,78 @@ def test_external_data_is_read_and_written(tmp_path):
         "model.onnx",
         "weights.bin",
     ]
+    onnx.checker.check_model(target, full_check=True)  # which, as ONNX Runtime, wants the Reshape's sizes at hand
     assert all(d.max_rel < 1e-6 for d in compare(path, target, random_inputs(model, input_shapes(model, {}))))
+    save(result.model, tmp_path / ("a" * 250 + ".onnx"))
 
     with pytest.raises(ValueError, match=r"weights\.bin.*give the path"):
         fold(onnx.load(path, load_external_data=False))
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(OSError, match="external data"):
         fold(path)
+
+
+def branches(then_branch, else_branch, *inputs):
+    """A model that is one If, with what both branches read from outside."""
+    graph = helper.make_graph(
+        [helper.make_node("If", ["c"], ["z"], name="if", then_branch=then_branch, else_branch=else_branch)],
+        "main",
+        [*inputs, helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+@pytest.mark.parametrize("order", ((2, 3), (3, 2)))
+def test_the_same_name_in_two_branches_is_two_values(order):
+    """Of which one has two axes, so that MatMul gives channels last, and the other three."""
+
+    def branch(rank):
+        body = Graph(prefix=f"r{rank}_", seed=rank)
+        weight = body.const(body.normal(4, 5))
+        body.nodes.append(helper.make_node("MatMul", [f"x{rank}", weight], ["h"], name=f"matmul{rank}"))
+        y = body.norm("h", 5)
+        body.add("Flatten", y, outputs=[f"z{rank}"])
+        graph = body.graph()
+        graph.output.append(helper.make_tensor_value_info(f"z{rank}", TensorProto.FLOAT, [None, None]))
+        return graph
+
+    shapes = {"x2": (2, 4), "x3": (2, 5, 4)}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    model = branches(*map(branch, order), *inputs)
+    result = fold(model)
+    assert {entry.output: entry.folded for entry in result.report} == {"r2_bn2_out": True, "r3_bn2_out": False}
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for which in (True, False):
+        (expected,), (actual,) = (run(each, arrays | {"c": np.array(which)}) for each in (model, result.model))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ("Identity", "Dropout", "Relu"))
+def test_a_reader_in_a_branch_keeps_the_norm(op):
+    def branch(name, op):
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([helper.make_node(op, ["y"], [name])], name, [], [value])
+
+    graph = Graph(1, 3, 4, 4)
+    graph.norm("x", 3, outputs=["y"])
+    graph.inputs.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
+    graph.add("If", "c", outputs=["z"], then_branch=branch("t", op), else_branch=branch("e", "Neg"))
+    model = helper.make_model(graph.graph("z"), opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    result = fold(model)
+    assert result.model == model
+    assert [entry.reason for entry in result.report] == ["no-linear-neighbour"]
+
+
+def test_an_axis_may_be_a_scalar():
+    graph = Graph(3, 4)
+    weight, axis = graph.const(graph.normal(4, 5)), graph.const(np.array(2), dtype=np.int64)
+    model = graph.model(graph.norm(graph.add("Unsqueeze", graph.add("Gemm", "x", weight), axis), 5), shape=(3, 5, 1))
+    result = fold(model)
+    assert result.folded == 1
+    assert_same_function(model, result.model, 1e-6)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

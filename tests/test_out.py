@@ -189,3 +189,20 @@ def test_out_of_any_layout(operation):
         out = make()
         assert results(run(Memory(np.float32), out))[0] is out
         np.testing.assert_array_equal(out, expected, err_msg=name)
+
+
+def test_out_over_running_statistics_that_are_copied():
+    """Strided ones, or of two dtypes, are updated in a copy and written back: `out` is asked for their own memory."""
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    memory = np.zeros(12, np.float32)
+    out = memory.reshape(4, 3)
+    with pytest.raises(ValueError, match="out shares memory with running_mean"):
+        fastbn.batch_norm(x, memory[::4], np.ones(3, np.float32), training=True, out=out)
+    for bn in (fastbn.BatchNorm1d(3), fastbn.GhostBatchNorm(3, virtual_batch_size=2), fastbn.BatchRenorm(3)):
+        bn.running_mean = memory[::4]
+        with pytest.raises(ValueError, match="out shares memory with running_mean"):
+            bn(x, out=out)
+    bn = fastbn.BatchNorm1d(3)
+    bn.running_mean, bn.running_var = memory[:3], np.ones(3)
+    with pytest.raises(ValueError, match="out shares memory with running_mean"):
+        bn(x, out=out)

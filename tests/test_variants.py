@@ -416,6 +416,18 @@ def test_renorm_in_training_is_inference_where_the_limits_allow():
     assert_close(cumulative.running_std, np.mean(stds, 0))
 
 
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_renorm_of_infinite_values_warns_nobody(dtype):
+    bn = fastbn.BatchRenorm(3)
+    x = np.random.default_rng(0).standard_normal((8, 3, 5)).astype(dtype)
+    x[0, 0, 0], x[0, 1] = np.inf, np.finfo(dtype).max
+    with np.errstate(all="raise"):
+        for _ in range(2):
+            bn(x)
+            bn.backward(x)
+    assert bn.num_batches_tracked == 2
+
+
 def test_running_sums_lose_no_digits():
     """The course's mean square less square of the mean would be off by the whole variance, 1, here."""
     rng = np.random.default_rng(0)
