@@ -82,11 +82,10 @@ class Operations:
         if _images.takes(x.dtype, c, s):
             self._image_moments(x, n, c, s, mean, rest, m2)
             return
-        flags = (False, True, False)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 1)
+        kernel, plan, part = self._ready((False, True, False), x, n, c, s, 1)
         stats = np.empty((2, c))
         kernel(
-            *flags, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
+            False, True, False, plan, True, False, 0.0, 1.0, 0.0, x, None, None, None, None, None, None,
             None, None, None, None, stats, None, part,
         )  # fmt: skip
         mean[:], m2[:] = stats
@@ -122,10 +121,9 @@ class Operations:
         weight, bias, mean, var, wide = parameters
         if training and factor is None:
             mean = var = None
-        flags = (False, training, True)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready((False, training, True), x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
-            *flags, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
+            False, training, True, plan, True, wide, eps, slope, factor or 0.0, x, residual, None, y, None, None, signs,
             weight, bias, mean, var, norm, None, part,
         )  # fmt: skip
 
@@ -142,10 +140,9 @@ class Operations:
         signs: Array | None,
     ) -> None:
         """y = activation((x - center) * scale + shift + residual)."""
-        flags = (False, False, True)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 2 if residual is None else 3, signs)
+        kernel, plan, part = self._ready((False, False, True), x, n, c, s, 2 if residual is None else 3, signs)
         kernel(
-            *flags, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
+            False, False, True, plan, True, False, 0.0, slope, 0.0, x, residual, None, y, None, None, signs,
             None, None, None, None, norm, None, part,
         )  # fmt: skip
 
@@ -166,10 +163,9 @@ class Operations:
         dbias: Array,
     ) -> None:
         """Gradients of input, residual, weight and bias."""
-        flags = (True, True, True)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, part = self._ready((True, True, True), x, n, c, s, 3 if dresidual is None else 4, signs)
         kernel(
-            *flags, plan, training, dweight.itemsize == 8, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual,
+            True, True, True, plan, training, dweight.itemsize == 8, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual,
             signs, dweight, dbias, None, None, norm, np.empty((4, c)), part,
         )  # fmt: skip
 
@@ -186,10 +182,9 @@ class Operations:
         sums: Array,
     ) -> None:
         """Sums of dy behind the activation, and of it times x - mean."""
-        flags = (True, True, False)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 2, signs)
+        kernel, plan, part = self._ready((True, True, False), x, n, c, s, 2, signs)
         kernel(
-            *flags, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
+            True, True, False, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, None, None, signs,
             None, None, None, None, norm, sums, part,
         )  # fmt: skip
 
@@ -208,9 +203,8 @@ class Operations:
         grads: Array,
     ) -> None:
         """dx = scale * dy + a * (x - mean) + b and dresidual, with a and b the last two rows of `grads`."""
-        flags = (True, False, True)
-        kernel, plan, part = self._ready(flags, x, n, c, s, 3 if dresidual is None else 4, signs)
+        kernel, plan, part = self._ready((True, False, True), x, n, c, s, 3 if dresidual is None else 4, signs)
         kernel(
-            *flags, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
+            True, False, True, plan, True, False, 0.0, slope, 0.0, x, None, dy, None, dx, dresidual, signs,
             None, None, None, None, norm, grads, part,
         )  # fmt: skip
