@@ -16,7 +16,17 @@ from pathlib import Path
 
 from copies import build_extension, copy_tree
 
-HEADERS = ("common.h", "kernels.h", "vectors.h", "dispatch.h")
+HEADERS = (
+    "common.h",
+    "channels.h",
+    "kernels.h",
+    "points.h",
+    "rows.h",
+    "output.h",
+    "columns.h",
+    "vectors.h",
+    "dispatch.h",
+)
 HOOK = "import coverage; coverage.process_startup()\n"
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from copies import build_extension, copy_tree
 
-NUMBA, C, COMMON = "fastbn/backends/numba_.py", "fastbn_ext/kernels.h", "fastbn_ext/common.h"
+NUMBA, C = "fastbn/backends/_numba/", "fastbn_ext/"
 NUMPY, MERGE, CHANNELS = "fastbn/backends/numpy_.py", "fastbn/_merge.py", "fastbn/_channels.py"
 
 # What catches most comes first. Numba's mutations have no more than what catches them: its compiler takes the time.
@@ -40,95 +40,127 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
-    Mutation(NUMBA, "weight = size_a * share", "weight = size_a * 1.0", "Chan's merge of m2", PRECISION),
-    Mutation(NUMBA, "m2 = sum2 - sum1 * mean", "m2 = sum2", "m2 about the mean, not the shift", PRECISION),
     Mutation(
-        NUMBA,
+        NUMBA + "channels.py", "weight = size_a * share", "weight = size_a * 1.0", "Chan's merge of m2", PRECISION
+    ),
+    Mutation(
+        NUMBA + "channels.py", "m2 = sum2 - sum1 * mean", "m2 = sum2", "m2 about the mean, not the shift", PRECISION
+    ),
+    Mutation(
+        NUMBA + "channels.py",
         "rounded(coef, shift - (center - high) * scale)",
         "rounded(coef, shift)",
         "what rounding the mean to float32 leaves over",
         PRECISION,
     ),
     Mutation(
-        NUMBA,
+        NUMBA + "channels.py",
         "dot[k] - low[k] * sum_dy[k]",
         "dot[k]",
         "what rounding the mean leaves over, in the gradient",
         PRECISION,
     ),
     Mutation(
-        NUMBA,
+        NUMBA + "kernel.py",
         "finish_together(job, c, ",
         "finish_together(job, c0, ",
         "more channels than 64",
         ("tests/test_functional.py",),
     ),
-    Mutation(NUMBA, "return rest_of(job) // job.channels", "return 1", "pixels that fill no row", PRECISION),
-    Mutation(NUMBA, "scaled(z, slope)", "z * like(z, slope)", "ReLU of minus infinity is 0, not NaN", FUSED),
-    Mutation(NUMBA, "sums[j] = sums[j + LANES - rest]", "pass", "a row's last vector of sums overlaps", PRECISION),
-    Mutation(NUMBA, "rows - whole * streams", "0", "rows that are left over by eight streams", PRECISION),
-    Mutation(NUMBA, "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
     Mutation(
-        NUMBA,
+        NUMBA + "kernel.py", "return rest_of(job) // job.channels", "return 1", "pixels that fill no row", PRECISION
+    ),
+    Mutation(
+        NUMBA + "points.py", "scaled(z, slope)", "z * like(z, slope)", "ReLU of minus infinity is 0, not NaN", FUSED
+    ),
+    Mutation(
+        NUMBA + "columns.py",
+        "sums[j] = sums[j + LANES - rest]",
+        "pass",
+        "a row's last vector of sums overlaps",
+        PRECISION,
+    ),
+    Mutation(
+        NUMBA + "columns.py", "rows - whole * streams", "0", "rows that are left over by eight streams", PRECISION
+    ),
+    Mutation(NUMBA + "rows.py", "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
+    Mutation(
+        NUMBA + "rows.py",
         "sum1, sum2 = add(job, c0 + q, begin, single,",
         "add(job, c0 + q, begin, single,",
         "what is left of a row's quarters",
         ("tests/test_functional.py",),
     ),
-    Mutation(NUMBA, "else (each, each // LANES)", "else (each, words)", "signs of a row's quarters", FUSED),
+    Mutation(NUMBA + "rows.py", "else (each, each // LANES)", "else (each, words)", "signs of a row's quarters", FUSED),
     Mutation(
-        NUMBA,
+        NUMBA + "output.py",
         "joined(coefs, following, edge - i)",
         "coefs",
         "a vector that two channels share",
         ("tests/test_functional.py",),
     ),
-    Mutation(NUMBA, "store_where(out, at + i, rest, z)", "pass", "what is left of a row", FUSED),
-    Mutation(NUMBA, "shifts[j - pixel]", "row[0]", "the columns of a channel share a shift", PRECISION),
-    Mutation(NUMBA, "unbiased * var[k]", "var[k]", "running variance is unbiased", ("tests/test_layers.py",)),
-    Mutation(NUMBA, "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING),
-    Mutation(COMMON, "weight = size_a * share", "weight = size_a", "Chan's merge of m2", FORWARD),
-    Mutation(COMMON, "isfinite(delta) ? mean : sum", "mean", "an infinite mean is no NaN", FORWARD),
+    Mutation(NUMBA + "output.py", "store_where(out, at + i, rest, z)", "pass", "what is left of a row", FUSED),
+    Mutation(NUMBA + "columns.py", "shifts[j - pixel]", "row[0]", "the columns of a channel share a shift", PRECISION),
     Mutation(
-        COMMON,
+        NUMBA + "channels.py", "unbiased * var[k]", "var[k]", "running variance is unbiased", ("tests/test_layers.py",)
+    ),
+    Mutation(
+        NUMBA + "kernel.py", "same(out, job.dy)", "same(job.dx, job.dy)", "what is not there is not in place", STREAMING
+    ),
+    Mutation(C + "channels.h", "weight = size_a * share", "weight = size_a", "Chan's merge of m2", FORWARD),
+    Mutation(C + "channels.h", "isfinite(delta) ? mean : sum", "mean", "an infinite mean is no NaN", FORWARD),
+    Mutation(
+        C + "channels.h",
         "dot[k] - low[k] * sum_dy[k]",
         "dot[k]",
         "what rounding the mean leaves over, in the gradient",
         BACKWARD,
     ),
-    Mutation(C, "NAME(finish_together)(job, c, ", "NAME(finish_together)(job, c0, ", "more channels than 64", FORWARD),
-    Mutation(COMMON, "return rest_of(job) / job->channels", "return 1", "pixels that fill no row", FORWARD),
-    Mutation(C, "= shifts[j - pixel]", "= row[0]", "the columns of a channel share a shift", FORWARD),
-    Mutation(COMMON, "(unbiased * var[k])", "var[k]", "running variance is unbiased", BACKWARD),
-    Mutation(C, "isfinite(*x) ? *x : 0", "0", "a shift near the mean: no cancellation", FORWARD),
     Mutation(
-        C,
+        C + "kernels.h",
+        "NAME(finish_together)(job, c, ",
+        "NAME(finish_together)(job, c0, ",
+        "more channels than 64",
+        FORWARD,
+    ),
+    Mutation(C + "common.h", "return rest_of(job) / job->channels", "return 1", "pixels that fill no row", FORWARD),
+    Mutation(C + "columns.h", "= shifts[j - pixel]", "= row[0]", "the columns of a channel share a shift", FORWARD),
+    Mutation(C + "channels.h", "(unbiased * var[k])", "var[k]", "running variance is unbiased", BACKWARD),
+    Mutation(C + "rows.h", "isfinite(*x) ? *x : 0", "0", "a shift near the mean: no cancellation", FORWARD),
+    Mutation(
+        C + "points.h",
         "NAME(scaled)(z, slope)",
         "(V)(z * slope)",
         "ReLU of minus infinity is 0, not NaN",
         FUSED,
     ),
-    Mutation(C, "sums[j] = sums[j + LANES - rest]", "", "a row's last vector of sums overlaps", FORWARD),
-    Mutation(COMMON, "rows - whole * streams", "0", "rows that are left over by eight streams", FORWARD),
-    Mutation(COMMON, "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
+    Mutation(C + "columns.h", "sums[j] = sums[j + LANES - rest]", "", "a row's last vector of sums overlaps", FORWARD),
+    Mutation(C + "common.h", "rows - whole * streams", "0", "rows that are left over by eight streams", FORWARD),
+    Mutation(C + "common.h", "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
     Mutation(
-        C,
+        C + "rows.h",
         "NAME(widen)(NAME(where)(tail, gate, (V){0}))",
         "NAME(widen)(gate)",
         "a row's last vector overlaps the one before",
         BACKWARD,
     ),
-    Mutation(C, "NAME(joined)(k, next, edge - i)", "k", "a vector that two channels share", FORWARD),
-    Mutation(C, "ADD(1, STREAMS * each", "ADD(1, 0", "what is left of a row's quarters", FORWARD),
-    Mutation(C, "slab.words : each / LANES", "slab.words : 0", "signs of a row's quarters", FUSED),
-    Mutation(C, "NAME(store_where)(out + i, rest, z);", "", "what is left of a row", FUSED),
-    Mutation(C, "(uint32_t)sign[word + 1] << LANES", "0u", "signs of a vector that begins within a word", FUSED),
-    Mutation(C, "NAME(load_widened_where)(dy, open)", "NAME(load_widened)(dy)", "sums with a ReLU", FUSED),
+    Mutation(C + "output.h", "NAME(joined)(k, next, edge - i)", "k", "a vector that two channels share", FORWARD),
+    Mutation(C + "rows.h", "ADD(1, STREAMS * each", "ADD(1, 0", "what is left of a row's quarters", FORWARD),
+    Mutation(C + "rows.h", "slab.words : each / LANES", "slab.words : 0", "signs of a row's quarters", FUSED),
+    Mutation(C + "output.h", "NAME(store_where)(out + i, rest, z);", "", "what is left of a row", FUSED),
     Mutation(
-        NUMBA, "where(opened, widen(load(dy, at)), splat(0.0))", "widen(load(dy, at))", "sums behind a ReLU", FUSED
+        C + "points.h", "(uint32_t)sign[word + 1] << LANES", "0u", "signs of a vector that begins within a word", FUSED
+    ),
+    Mutation(C + "points.h", "NAME(load_widened_where)(dy, open)", "NAME(load_widened)(dy)", "sums with a ReLU", FUSED),
+    Mutation(
+        NUMBA + "points.py",
+        "where(opened, widen(load(dy, at)), splat(0.0))",
+        "widen(load(dy, at))",
+        "sums behind a ReLU",
+        FUSED,
     ),
     Mutation(
-        C,
+        C + "kernels.h",
         "(shift[c] - (center[c] - (REAL)center[c]) * scale[c])",
         "shift[c]",
         "what rounding the mean to float32 leaves over",
@@ -158,9 +190,7 @@ MUTATIONS = (
 
 def backend_of(mutation: Mutation) -> str:
     """Return the backend whose tests must notice."""
-    return {NUMBA: "numba", C: "cython", COMMON: "cython", NUMPY: "numpy", MERGE: "numpy", CHANNELS: "numpy"}[
-        mutation.file
-    ]
+    return "numba" if mutation.file.startswith(NUMBA) else "cython" if mutation.file.startswith(C) else "numpy"
 
 
 def failing_test(tree: Path, backend: str, tests: Iterable[str]) -> str | None:

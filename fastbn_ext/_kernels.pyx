@@ -2,7 +2,7 @@
 """The compiled kernels: a call's arguments become a `Job`, whose phases run on OpenMP threads without the GIL.
 
 What a task computes is in kernels.h, once for each value type and instruction set; how a tensor is cut, and the design,
-are those of fastbn/backends/_plan.py and numba_.py. No more of an array is looked at than where its values lie, so that
+are those of fastbn/backends/_plan.py and _numba. No more of an array is looked at than where its values lie, so that
 no NumPy headers are needed to build this. Nothing is checked here: fastbn/backends/cython_.py is the only caller.
 """
 

@@ -18,6 +18,7 @@
 #define relax() ((void)0)
 #endif
 
+#include "channels.h"
 #include "common.h"
 #include "image_job.h"
 

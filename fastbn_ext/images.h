@@ -1,4 +1,4 @@
-/* Statistics of image data, of one value type and one instruction set: the twin of fastbn/backends/_numba_images.py;
+/* Statistics of image data, of one value type and one instruction set: the twin of fastbn/backends/_numba/images.py;
    how the work is cut, and the design, stand in fastbn/backends/_images.py. `image_types.h` includes this file once for
    each pair, with
 

@@ -1,4 +1,4 @@
-/* Vectors of one value type and one instruction set: the twin of fastbn/backends/_vectors.py.
+/* Vectors of one value type and one instruction set: the twin of fastbn/backends/_numba/vectors.py.
 
    GCC's and Clang's vector extension is compiled for whatever the CPU has; only streaming stores and masks need intrinsics,
    and have plain C where there are none. A V fills one register, and its values as float64 a W of one or two: GCC 12 keeps

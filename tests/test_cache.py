@@ -15,13 +15,14 @@ pytest.importorskip("numba")
 
 from numba import types
 
-from fastbn.backends import _buffers, _cache, _compiler, _job, _plan, _vectors, numba_  # they import Numba
+from fastbn.backends import _plan, numba_  # they import Numba
+from fastbn.backends._numba import buffers, cache, channels, compiler, job, prepare, vectors
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Keep compiled kernels apart."""
-    monkeypatch.setattr(_cache.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache.config, "CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
@@ -32,10 +33,10 @@ def _halve(x, n):
 
 def compiled() -> str:
     """Compile a small kernel or load it, check what it computes, and say which it was."""
-    signature = types.void(_buffers.Buffer(types.float32), types.intp)
-    kernel = numba_.prepared(_halve, "halve-float32", numba_._SOURCE, signature)
+    signature = types.void(buffers.Buffer(types.float32), types.intp)
+    kernel = prepare.prepared(_halve, "halve-float32", numba_._SOURCE, signature)
     x = np.full(3, 4, np.float32)
-    _buffers.entry_of(kernel)(x, 2)
+    buffers.entry_of(kernel)(x, 2)
     assert x.tolist() == [2, 2, 4]
     return "loaded" if sum(kernel.stats.cache_hits.values()) else "compiled"
 
@@ -71,7 +72,7 @@ DAMAGE = {
     "one bit flipped": lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:],
     "garbage": lambda content: bytes(range(256)) * 9,
     "longer": lambda content: content + b"x",
-    "of someone else": lambda content: _cache.hashlib.sha256(b"N.").digest() + b"N.",
+    "of someone else": lambda content: cache.hashlib.sha256(b"N.").digest() + b"N.",
 }
 
 
@@ -94,7 +95,7 @@ def test_a_folder_in_the_place_of_the_file(folder):
 
 def test_without_a_folder_it_is_compiled_each_time(folder, monkeypatch):
     (folder / "file").touch()
-    monkeypatch.setattr(_cache.config, "CACHE_DIR", str(folder / "file" / "below"))
+    monkeypatch.setattr(cache.config, "CACHE_DIR", str(folder / "file" / "below"))
     assert [compiled(), compiled()] == ["compiled", "compiled"]
     (entry,) = (value for key, value in numba_.describe() if key == "compile cache")
     assert entry.startswith("none")
@@ -111,7 +112,7 @@ def test_a_disk_that_is_full(folder, monkeypatch):
 
 
 def test_old_files_go(folder, monkeypatch):
-    monkeypatch.setattr(_cache, "KEPT", 2)
+    monkeypatch.setattr(cache, "KEPT", 2)
     for source in "abcd":
         monkeypatch.setattr(numba_, "_SOURCE", source)
         assert compiled() == "compiled"
@@ -140,40 +141,37 @@ def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | 
     spec = importlib.util.spec_from_file_location(module.__name__, path)
     copy = ModuleType(module.__name__)
     copy.__loader__ = spec.loader
-    return _cache.digest_of([copy])
+    return cache.digest_of([copy])
 
 
 @pytest.mark.parametrize(
     "module, before, after",
     (
-        (_vectors, '"llvm.fma."', '"llvm.fmuladd."'),
-        (_job, '"eps"', '"momentum"'),
-        (_compiler, 'error_model="numpy"', 'error_model="python"'),
-        (_buffers, "icmp_unsigned", "icmp_signed"),
+        (vectors, '"llvm.fma."', '"llvm.fmuladd."'),
+        (job, '"eps"', '"momentum"'),
+        (compiler, 'error_model="numpy"', 'error_model="python"'),
+        (buffers, "icmp_unsigned", "icmp_signed"),
         (_plan, "LANES = 16", "LANES = 8"),
-        (numba_, "(1.0 - factor) * mean", "(2.0 - factor) * mean"),
-        (numba_, "def update_running", "def update"),
+        (channels, "(1.0 - factor) * mean", "(2.0 - factor) * mean"),
+        (channels, "def update_running", "def update"),
     ),
 )
 def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, after):
-    assert changed(module, before, before, tmp_path) == _cache.digest_of([module])
-    assert changed(module, before, after, tmp_path) != _cache.digest_of([module])
+    assert changed(module, before, before, tmp_path) == cache.digest_of([module])
+    assert changed(module, before, after, tmp_path) != cache.digest_of([module])
 
 
 def test_all_that_kernels_are_made_of_is_looked_at():
     """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
-    around = tuple(
-        f"fastbn.{name}" for name in ("_engine", "backends._cache", "backends._operations", "backends._parts")
-    )
-    own = {_vectors, _compiler, _buffers, _job, _plan, numba_}
+    own = {*numba_.SOURCES}
     for module in own:
         for name, value in vars(module).items():
             origin = inspect.getmodule(value) if callable(value) else None
             if origin and origin.__name__.startswith("fastbn") and origin not in own:
-                assert origin.__name__ in around, f"{module.__name__} uses {name}"
+                assert origin.__name__ == "fastbn._engine", f"{module.__name__} uses {name}"
 
 
 def test_numba_with_other_code_libraries_compiles_in_its_own_way(monkeypatch):
-    assert set(_compiler._into(_compiler._Fragment)) == {"pipeline_class"}
-    monkeypatch.setattr(_compiler, "_HOOKS", ("_of_another_version",))
-    assert not _compiler._into(_compiler._Fragment)
+    assert set(compiler._into(compiler._Fragment)) == {"pipeline_class"}
+    monkeypatch.setattr(compiler, "_HOOKS", ("_of_another_version",))
+    assert not compiler._into(compiler._Fragment)

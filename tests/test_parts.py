@@ -14,12 +14,13 @@ pytest.importorskip("numba")
 
 from numba import types
 
-from fastbn.backends import _parts, numba_  # they import Numba
-from fastbn.backends._compiler import loop
-from fastbn.backends._parts import Parts
+from fastbn.backends import numba_  # it imports Numba
+from fastbn.backends._numba.compiler import loop
+from fastbn.backends._numba.parts import Parts
 
 DOUBLES = types.CPointer(types.float64)
 CALLED = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double))
+MODULE = "fastbn.backends._numba.parts"
 HERE = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_parts as t; "
 HELPS = HERE + "t.some().help_with({!r})"
 TAKES = "from pathlib import Path; [Path({0!r}, str(i) + '.taken').touch() for i in range(3)]; "
@@ -56,7 +57,7 @@ def compiled_here(parts: Parts) -> int:
 
 @pytest.fixture
 def two_cpus(monkeypatch):
-    monkeypatch.setattr(_parts, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(f"{MODULE}.usable_cpus", lambda: 2)
 
 
 @pytest.mark.usefixtures("two_cpus")
@@ -99,7 +100,7 @@ HELPERS = {
 @pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize("helper", HELPERS)
 def test_a_process_that_is_of_no_help(helper, monkeypatch):
-    monkeypatch.setattr(_parts, "PATIENCE", 0.2)
+    monkeypatch.setattr(f"{MODULE}.PATIENCE", 0.2)
     with some(HELPERS[helper]) as parts:
         parts.begin()
         (other,) = parts._others
@@ -111,12 +112,12 @@ def test_a_process_that_is_of_no_help(helper, monkeypatch):
 
 
 NO_HELP = {
-    "one CPU": lambda patch: patch.setattr(_parts, "usable_cpus", lambda: 1),
+    "one CPU": lambda patch: patch.setattr(f"{MODULE}.usable_cpus", lambda: 1),
     "no such program": lambda patch: patch.setattr(sys, "executable", "/nowhere/python3"),
     "another program": lambda patch: patch.setattr(sys, "executable", "/usr/sbin/server"),
     "no program": lambda patch: patch.setattr(sys, "executable", None),
     "an application": lambda patch: patch.setattr(sys, "frozen", True, raising=False),
-    "no folder": lambda patch: patch.setattr(_parts, "TemporaryDirectory", no_folder),
+    "no folder": lambda patch: patch.setattr(f"{MODULE}.TemporaryDirectory", no_folder),
 }
 
 

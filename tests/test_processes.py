@@ -88,16 +88,16 @@ same()
 # A child that needs Numba's compiler would wait for ever for a lock that was another thread's when it was forked.
 COMPILING = """
 if fastbn.get_backend() == "numba":
-    from fastbn.backends import numba_
+    from fastbn.backends._numba import prepare
     compiling = threading.Event()
     def compile():
-        with numba_.global_compiler_lock:
+        with prepare.global_compiler_lock:
             compiling.set()
             threading.Event().wait(0.2)
     thread = threading.Thread(target=compile)
     thread.start()
     compiling.wait()
-    in_child(lambda: numba_.njit(lambda x: x + 1)(1))
+    in_child(lambda: prepare.njit(lambda x: x + 1)(1))
     thread.join()
 """
 

@@ -7,16 +7,16 @@ from subprocesses import python
 
 pytest.importorskip("numba")
 
-from fastbn.backends._vectors import X86  # it imports Numba
+from fastbn.backends._numba.vectors import X86  # it imports Numba
 
 AVX512 = "+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx2,+fma"
 PRINT_ASSEMBLY = """
 import numpy as np
 from numba.np.numpy_support import from_dtype
-from fastbn.backends import numba_
-job = numba_.Job(from_dtype(np.dtype(np.float32)))
-for part in numba_.block_moments, numba_.apply_run:
-    signature = next((job, *kinds) for function, kinds in numba_.PARTS if function is part)
+from fastbn.backends._numba import job, output, rows
+first = job.Job(from_dtype(np.dtype(np.float32)))
+for part in rows.block_moments, output.apply_run:
+    signature = next((first, *kinds) for function, kinds in job.PARTS if function is part)
     part.compile(signature)
     print(part.inspect_asm(signature))
 """

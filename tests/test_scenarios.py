@@ -162,7 +162,7 @@ fastbn.show_config()
     home = {"HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "NUMBA_CACHE_DIR": ""}
     shown = python(before + numba, FASTBN_BACKEND="numpy", **home).stdout
     assert shown.count("none, for") == 1
-    assert f"{archive}/fastbn/backends/__pycache__" in shown
+    assert f"{archive}/fastbn/backends/_numba/__pycache__" in shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")

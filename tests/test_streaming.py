@@ -152,20 +152,22 @@ def test_a_turn_that_does_not_end_is_not_waited_for(backend):
         return
     from numba import float32, intp, njit
 
-    from fastbn.backends import _job, numba_
-    from fastbn.backends._buffers import Buffer, entry_of
+    from fastbn.backends._numba import kernel
+    from fastbn.backends._numba.buffers import Buffer, entry_of
+    from fastbn.backends._numba.job import make_job
+    from fastbn.backends._numba.vectors import seen_as
 
     x, turns = np.zeros(16, np.float32), np.zeros(3, np.intp)
 
     @njit((Buffer(float32), Buffer(intp)))
     def take_and_keep(x, turns):
-        wide = numba_.seen_as(x, np.float64)
-        job = _job.make_job(numba_.seen_as(x, np.intp), (
-            True, False, 0.0, 1.0, 0.0, x, x, x, x, x, x, numba_.seen_as(x, np.uint16), x, x, x, x, wide, wide, wide,
-            numba_.seen_as(x, np.intp),
+        wide = seen_as(x, np.float64)
+        job = make_job(seen_as(x, np.intp), (
+            True, False, 0.0, 1.0, 0.0, x, x, x, x, x, x, seen_as(x, np.uint16), x, x, x, x, wide, wide, wide,
+            seen_as(x, np.intp),
         ))  # fmt: skip
-        job.writing = numba_.seen_as(turns, np.intp)
-        turns[1], turns[2] = numba_.take_turn(job), numba_.take_turn(job)
+        job.writing = seen_as(turns, np.intp)
+        turns[1], turns[2] = kernel.take_turn(job), kernel.take_turn(job)
 
     entry_of(take_and_keep)(x, turns)
     np.testing.assert_array_equal(turns, (1, 1, 0))
@@ -177,19 +179,21 @@ def test_what_is_not_there_does_not_keep_numba_from_streaming(backend):
         return
     from numba import float32, njit
 
-    from fastbn.backends import _job, numba_
-    from fastbn.backends._buffers import Buffer, entry_of
+    from fastbn.backends._numba import kernel
+    from fastbn.backends._numba.buffers import Buffer, entry_of
+    from fastbn.backends._numba.job import make_job
+    from fastbn.backends._numba.vectors import seen_as
 
     x, dy, out = (np.zeros(16, np.float32) for _ in range(3))
 
     @njit((Buffer(float32),) * 5)
     def streams(x, residual, dy, y, dx):
-        wide = numba_.seen_as(x, np.float64)
-        job = _job.make_job(numba_.seen_as(x, np.intp), (
-            True, False, 0.0, 1.0, 0.0, x, residual, dy, y, dx, x, numba_.seen_as(x, np.uint16),
+        wide = seen_as(x, np.float64)
+        job = make_job(seen_as(x, np.intp), (
+            True, False, 0.0, 1.0, 0.0, x, residual, dy, y, dx, x, seen_as(x, np.uint16),
             x, x, x, x, wide, wide, wide,
         ))  # fmt: skip
-        return numba_.can_stream(job)
+        return kernel.can_stream(job)
 
     can_stream = entry_of(streams)
     assert can_stream(x, None, None, out, None)

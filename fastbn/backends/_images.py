@@ -9,7 +9,7 @@ A. Every task sees a piece of memory as rows of `width` values and adds up colum
    columns are added up at the end of the task.
 B. Integers: sums and sums of squares are integers and exact, however they are cut. They become mean and m2 in Python,
    whose integers do not overflow and whose division rounds once.
-C. Floats: a column's sums are around its first value, in float64 (see `numba_`, design C), and become m2 and the mean's
+C. Floats: a column's sums are around its first value, in float64 (see `_numba`, design C), and become m2 and the mean's
    distance from that value at the end of the task; pieces depend on the shape alone and are merged in a fixed order.
 D. A tile of rows stays in the nearest cache while its columns are added up, and has at most `TILE` of them, so that 8
    bits are summed in 16, and their squares in 32.

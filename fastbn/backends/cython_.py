@@ -1,4 +1,4 @@
-"""The kernels in Cython and C: adapters over `fastbn_ext`, which has the twins of `numba_`."""
+"""The kernels in Cython and C: adapters over `fastbn_ext`, which has the twins of `_numba`."""
 
 from __future__ import annotations
 

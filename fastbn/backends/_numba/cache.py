@@ -1,7 +1,7 @@
 """Compiled kernels on disk: one file a kernel, named after everything that its machine code follows from.
 
 Numba's own cache looks only at the file that a function stands in, so it would go on using kernels compiled from an
-older `_vectors`; its index can name another kernel's code when two processes write at once; and a damaged file of it
+older `vectors`; its index can name another kernel's code when two processes write at once; and a damaged file of it
 is an error of the call. Here nothing is shared but whole files, put in place in one step: an upgrade, another CPU or
 another Numba asks for another name, and what is damaged is compiled again.
 """
@@ -28,7 +28,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
-from fastbn.backends._parts import Parts
+from fastbn.backends._numba.parts import Parts
 
 KEPT = 8  # files of a kernel, the newest: one for each CPU of a home on the network, none for every version there was
 _CHECKSUM = 32  # bytes

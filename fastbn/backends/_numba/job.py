@@ -19,7 +19,7 @@ from numba.extending import (
     register_model,
 )
 
-from fastbn.backends._compiler import PARTS
+from fastbn.backends._numba.compiler import PARTS
 from fastbn.backends._plan import Plan
 
 _I32 = ir.IntType(32)

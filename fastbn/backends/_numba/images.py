@@ -1,6 +1,6 @@
 """Statistics of image data in Numba; `_images` says how they are cut, and has the design. The twin of `images.h`.
 
-A column is a vector of LLVM's own type, as in `_vectors`, of 32 lanes for 8 bits and of 16 otherwise. Numba has no
+A column is a vector of LLVM's own type, as in `vectors`, of 32 lanes for 8 bits and of 16 otherwise. Numba has no
 float16 on CPUs: such arrays come as uint16, and a vector's bits are read as LLVM's ``half``.
 """
 
@@ -22,13 +22,15 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 from numba.np.numpy_support import from_dtype
 
-from fastbn.backends import _buffers, _compiler, _plan, _vectors, numba_
-from fastbn.backends._buffers import Buffer
-from fastbn.backends._cache import digest_of
-from fastbn.backends._compiler import loop, point
+from fastbn.backends import _plan
 from fastbn.backends._images import HALF, INTEGERS, lanes
+from fastbn.backends._numba import buffers, compiler, vectors
+from fastbn.backends._numba.buffers import Buffer
+from fastbn.backends._numba.cache import digest_of
+from fastbn.backends._numba.compiler import loop, point
+from fastbn.backends._numba.prepare import one_at_a_time, prepared
+from fastbn.backends._numba.vectors import ahead_of, noinline, prefetch_later, scratch, team
 from fastbn.backends._plan import LONGEST_FOLD
-from fastbn.backends._vectors import ahead_of, noinline, prefetch_later, scratch, team
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
@@ -400,7 +402,7 @@ def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
         team(before)
 
 
-_SOURCE = digest_of((sys.modules[__name__], _vectors, _compiler, _buffers, _plan))
+_SOURCE = digest_of((sys.modules[__name__], vectors, compiler, buffers, _plan))
 
 
 @functools.cache
@@ -415,8 +417,8 @@ def _compiled(name: str, dtype: np.dtype[Any]) -> Any:
 
 @functools.cache
 def _compiled_once(name: str, dtype: np.dtype[Any], signature: Any) -> Any:
-    function = numba_.prepared(globals()[f"_{name}"], f"{name}-{dtype}", _SOURCE, signature, parallel=True)
-    return numba_.one_at_a_time(function, lambda arguments: arguments[0])
+    function = prepared(globals()[f"_{name}"], f"{name}-{dtype}", _SOURCE, signature, parallel=True)
+    return one_at_a_time(function, lambda arguments: arguments[0])
 
 
 @functools.cache

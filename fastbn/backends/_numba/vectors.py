@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-from fastbn.backends._compiler import register_bits
+from fastbn.backends._numba.compiler import register_bits
 from fastbn.backends._plan import LANES
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")

@@ -3,7 +3,7 @@
 Numba makes machine code of every function, and takes a copy of it into each that calls it, where it is optimised and
 translated anew. Here a `point` is only ever inlined and never made machine code by itself; a `part` is translated once
 and called through its kernel's table of addresses, as in C through `Kernels`, so that parts can be compiled in any
-order and by several processes (`_parts`). The kernel took 21 seconds of a core when all was linked, 14 with large
+order and by several processes (`parts`). The kernel took 21 seconds of a core when all was linked, 14 with large
 functions apart, a fifth less when points became fragments and functions were no longer rewritten, for arrays and
 constants that they do not have, and a tenth less with one pass of optimisation instead of three.
 """
@@ -13,9 +13,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import config, njit, types
 from numba.core.codegen import CPUCodegen, JITCodeLibrary
 from numba.core.compiler import Compiler
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels are nothing without the compiler")
+if any(feature[:1] not in "+-" for feature in (config.CPU_FEATURES or "").split(",")):  # LLVM would end the process
+    raise ImportError(f"NUMBA_CPU_FEATURES must be names that begin with + or -, got {config.CPU_FEATURES!r}")
 
 
 def register_bits(codegen):
@@ -120,6 +126,8 @@ loop = _function(forceinline=False, **_into(_Apart))
 _part = _function(forceinline=False, **_into(_InRegisters))
 point = _function(forceinline=True, **_into(_Fragment))
 
+INDEX, FLAG = types.intp, types.boolean  # arguments of parts
+ZERO, ONE = map(np.intp, range(2))  # as arguments: functions are compiled once more for literal ones
 PARTS: list[tuple[Any, tuple[Any, ...]]] = []  # functions, and the types of their arguments behind the job
 
 
