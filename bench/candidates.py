@@ -255,7 +255,7 @@ def _jax(row: Row, p: Problem) -> Candidate:
     return Candidate(lambda: finish(function(*arguments)), result=lambda returned: np.asarray(_first(returned)))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _jax_functions(row: Row) -> tuple[Any, Any]:
     """The row's operation, compiled; and what makes of a forward's arguments what its backward starts from."""
     import jax

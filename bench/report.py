@@ -179,7 +179,7 @@ def losses(stored: Stored, name: str) -> tuple[list[tuple[Line, str, float]], in
 
 
 HOW = (
-    "Times are 20th percentiles of samples taken in turn, in *copies*: the fastest copy of the same tensor, plain or "
+    "Times are medians of samples taken in turn, in *copies*: the fastest copy of the same tensor, plain or "
     "streaming, is 1. The least in a row is bold. Every candidate but JAX writes to an array it is given. `-last` is "
     "channels last. GB/s counts every array read or written once."
 )
@@ -260,7 +260,7 @@ def _layers(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         shares = [line.ratio(name, "PyTorch") for name in OURS]
-        rows.append([line.op, *(number(line.figures[name]["p20_us"]) for name in names), *map(number, shares)])
+        rows.append([line.op, *(number(line.figures[name]["median_us"]) for name in names), *map(number, shares)])
     return markdown(heads, rows)
 
 
@@ -290,7 +290,7 @@ def _scaling(lines: list[Line]) -> str:
 def _gain(line: Line, names: list[str], threads: list[int]) -> float:
     """How many times faster the best of the names is on all threads than on one."""
     one, many = (
-        min(line.figures[f"{name}, {k} threads"]["p20_us"] for name in names) for k in (threads[0], threads[-1])
+        min(line.figures[f"{name}, {k} threads"]["median_us"] for name in names) for k in (threads[0], threads[-1])
     )
     return one / many
 

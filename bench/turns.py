@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 SAMPLE = 3e-4  # seconds: shorter calls are timed in batches that take this long
@@ -58,8 +58,13 @@ class Candidate:
 
 
 def quoted(samples: Sequence[float]) -> float:
-    """The 20th percentile: what the machine does when the neighbours are quiet, and steadier than the least."""
-    return quantiles(samples, n=5, method="inclusive")[0]
+    """The median.
+
+    The machine writes twice as fast at times, for a minute or two; the 20th percentile is of such times as soon as they
+    are a fifth of all. Of twelve restless rows, swept over 23 times, two halves of eight sweeps differ in their ratios
+    to peers by 4.0 % at the median, and a tenth of them by 12.5 %; the 20th percentiles' by 4.9 and 19.9 %.
+    """
+    return median(samples)
 
 
 Samples = dict[str, list[float]]
@@ -146,8 +151,8 @@ def _quietest(blocks: list[Block]) -> tuple[Samples, float]:
 
 def _calibrate(candidate: Candidate) -> float:
     """Compile, touch all memory, and return about how long a call takes."""
-    _sample(candidate, 1, 1)
-    return max(min(_sample(candidate, 1, 1) for _ in range(2)), 1e-7)
+    first = _sample(candidate, 1, 1)
+    return first if first > LONG else max(min(_sample(candidate, 1, 1) for _ in range(2)), 1e-7)
 
 
 def _sample(candidate: Candidate, repeat: int, settle: int) -> float:
