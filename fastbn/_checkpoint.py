@@ -12,11 +12,30 @@ from typing import Any
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Shapes = Mapping[str, tuple[int, ...]]  # of each layer's weight, or of each batch norm's running_mean, by module name
+Channels = Mapping[str, int]  # of each batch norm, by module name
 Pair = tuple[str, str]
 
 LAYER = re.compile(r"(?:conv|fc|linear|lin)_?(\d*)")
 NORM = re.compile(r"(?:bn|norm|batch_?norm)_?(\d*)")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Channels that a layer gives and takes; of a transposed convolution the outputs are those of one group."""
+
+    outputs: int
+    inputs: int
+    transposed: bool = False
+
+    def gives(self, channels: int) -> bool:
+        """Say whether a batch norm of so many channels fits behind it, whatever its groups."""
+        if not self.transposed or not self.outputs:
+            return channels == self.outputs
+        groups, rest = divmod(channels, self.outputs)
+        return rest == 0 and groups > 0 and self.inputs % groups == 0
+
+
+Layers = Mapping[str, Layer]  # by module name
 
 
 @dataclass(frozen=True)
@@ -60,9 +79,9 @@ def find_pairs(state: Mapping[str, Array], transposed: Iterable[str] = ()) -> Pa
     ``conv``, ``norm``), but not whether the batch norm stands behind its layer, as in ResNet, or in front of it, as
     in DenseNet. The shapes decide this, for all blocks of one kind together; where they allow both, it stays open.
     """
-    norms = {_module(key): state[key].shape for key in state if key.endswith(".running_mean") and state[key].ndim == 1}
+    norms = {_module(key): len(state[key]) for key in state if key.endswith(".running_mean") and state[key].ndim == 1}
     layers = {
-        _module(key): _outputs_inputs(array.shape, _module(key) in set(transposed))
+        _module(key): _layer(array.shape, _module(key) in set(transposed))
         for key, array in state.items()
         if key.endswith(".weight") and array.ndim > 1 and _module(key) not in norms
     }
@@ -82,25 +101,25 @@ def _module(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _outputs_inputs(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
-    return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+def _layer(shape: tuple[int, ...], transposed: bool) -> Layer:
+    return Layer(shape[1], shape[0], True) if transposed else Layer(shape[0], shape[1])
 
 
-def _pair_by_number(norms: Shapes, layers: Shapes, pairing: Pairing) -> None:
-    for norm, (channels,) in norms.items():
+def _pair_by_number(norms: Channels, layers: Layers, pairing: Pairing) -> None:
+    for norm, channels in norms.items():
         parent, _, number = norm.rpartition(".")
         if not number.isdecimal() or int(number) == 0:
             continue
         layer = f"{parent}.{int(number) - 1}".lstrip(".")
         if layer not in layers:
             continue
-        if layers[layer][0] == channels:
+        if layers[layer].gives(channels):
             pairing.pairs.append((layer, norm))
         else:
-            pairing.left[norm] = f"{layer} gives {layers[layer][0]} channels, it has {channels}"
+            pairing.left[norm] = f"{layer} gives {layers[layer].outputs} channels, it has {channels}"
 
 
-def _pair_by_name(norms: Shapes, layers: Shapes, pairing: Pairing) -> None:
+def _pair_by_name(norms: Channels, layers: Layers, pairing: Pairing) -> None:
     kinds: dict[tuple[str, ...], list[_Block]] = defaultdict(list)
     for block in _blocks(norms, layers, pairing.left).values():
         kinds[block.kind].append(block)
@@ -111,7 +130,7 @@ def _pair_by_name(norms: Shapes, layers: Shapes, pairing: Pairing) -> None:
             if behind and not in_front:
                 pairing.pairs.extend(block.pairs(0))
             elif in_front and not behind:
-                pairs = [(a, b) for a, b in block.pairs(1) if layers[a][0] == norms[b][0]]
+                pairs = [(a, b) for a, b in block.pairs(1) if layers[a].gives(norms[b])]
                 pairing.pairs.extend(pairs)
                 first = set(block.norms.values()) - {norm for _, norm in pairs}
                 pairing.left.update(dict.fromkeys(first, "by its shape it stands in front of its layer, not behind it"))
@@ -140,14 +159,14 @@ class _Block:
             if n + step in self.norms
         ]
 
-    def fits_behind(self, norms: Shapes, layers: Shapes) -> bool:
-        return all(layers[layer][0] == norms[norm][0] for layer, norm in self.pairs(0))
+    def fits_behind(self, norms: Channels, layers: Layers) -> bool:
+        return all(layers[layer].gives(norms[norm]) for layer, norm in self.pairs(0))
 
-    def fits_in_front(self, norms: Shapes, layers: Shapes) -> bool:
-        return all(layers[layer][1] == norms[norm][0] for layer, norm in self.pairs(0))
+    def fits_in_front(self, norms: Channels, layers: Layers) -> bool:
+        return all(layers[layer].inputs == norms[norm] for layer, norm in self.pairs(0))
 
 
-def _blocks(norms: Shapes, layers: Shapes, left: dict[str, str]) -> dict[str, _Block]:
+def _blocks(norms: Channels, layers: Layers, left: dict[str, str]) -> dict[str, _Block]:
     """Gather the modules in which a layer and a batch norm have the same number.
 
     Of several layers with that number (``conv1``, ``fc1``) it is the one that the batch norm fits behind; where it fits
@@ -163,7 +182,7 @@ def _blocks(norms: Shapes, layers: Shapes, left: dict[str, str]) -> dict[str, _B
             rivals[place].append(name)
     for (parent, number), names in rivals.items():
         norm = blocks[parent].norms.get(number)
-        fitting = [name for name in names if norm is not None and layers[name][0] == norms[norm][0]]
+        fitting = [name for name in names if norm is not None and layers[name].gives(norms[norm])]
         if norm is not None and len(fitting) > 1:
             left[norm] = f"by its shape it fits behind {' and '.join(fitting)}: name the pair"
         else:

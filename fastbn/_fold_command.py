@@ -178,7 +178,7 @@ def _check(args: argparse.Namespace, model: ModelProto, folded: Path) -> dict[st
             except comparing.RunError as error:
                 raise ValueError(f"ONNX Runtime cannot run the model: {error}") from None
             for new in differences:
-                outputs[new.name] = comparing.largest(outputs.get(new.name, new), new)
+                outputs[new.name] = comparing.larger(outputs.get(new.name, new), new)
             progress(done, len(feeds))
     return {
         "outputs": [dataclasses.asdict(entry) for entry in outputs.values()],
@@ -198,6 +198,9 @@ def _read_inputs(path: Path, model: ModelProto) -> dict[str, Array]:
             arrays = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+    for value in required_inputs(model):
+        if not value.type.HasField("tensor_type"):
+            raise ValueError(f"input {value.name} of the model is no tensor, and {path} can hold nothing else")
     wanted = {value.name: value.type.tensor_type.elem_type for value in required_inputs(model)}
     if arrays.keys() != wanted.keys():
         raise ValueError(f"{path} must hold the inputs {', '.join(wanted)}, it holds {', '.join(arrays) or 'nothing'}")
@@ -266,11 +269,14 @@ def _fold_checkpoint(args: argparse.Namespace) -> int:
     from fastbn._checkpoint import Pairing, find_pairs, read_checkpoint, write_checkpoint
 
     state, metadata = read_checkpoint(args.input)
+    transposed = args.transposed
     if args.pairs == ["auto"]:
-        pairing = find_pairs(state, args.transposed)
+        pairing = find_pairs(state, transposed)
+        paired = {layer for layer, _ in pairing.pairs}
+        transposed = [name for name in transposed if name in paired or f"{name}.weight" not in state]
     else:
         pairing = Pairing([_parse_pair(text) for text in args.pairs])
-    folded = fold_state_dict(state, pairing.pairs, eps=args.eps, transposed=args.transposed)
+    folded = fold_state_dict(state, pairing.pairs, eps=args.eps, transposed=transposed)
     if output is not None:
         with tempfile.TemporaryDirectory(prefix=".fastbn-fold-", dir=output.parent) as aside:
             path = Path(aside) / output.name

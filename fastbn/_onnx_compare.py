@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,9 +78,20 @@ def _exceptions(module: ModuleType) -> tuple[type[Exception], ...]:
 
 
 def difference(name: str, expected: Any, actual: Any) -> Difference:
-    """Compare one output of two models."""
-    if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "fiub":
-        same = bool(np.array_equal(np.asarray(expected), np.asarray(actual)))
+    """Compare one output of two models: a tensor, or a sequence or map of them."""
+    if isinstance(expected, (list, Mapping)):
+        fits = type(actual) is type(expected) and len(actual) == len(expected)
+        keys = list(expected) if isinstance(expected, Mapping) else range(len(expected))
+        if not fits or (isinstance(expected, Mapping) and actual.keys() != expected.keys()):
+            return Difference(name, np.inf, np.inf, None)
+        parts = [difference(name, expected[key], actual[key]) for key in keys]
+        return functools.reduce(larger, parts) if parts else Difference(name, 0.0, 0.0, None)
+    return _difference(name, np.asarray(expected), np.asarray(actual))
+
+
+def _difference(name: str, expected: Array, actual: Array) -> Difference:
+    if expected.dtype.kind not in "fiub":
+        same = bool(np.array_equal(expected, actual))
         return Difference(name, *((0.0, 0.0) if same else (np.inf, np.inf)), None)
     floating = expected.dtype.kind == "f"
     wide, other = expected.astype(np.float64), actual.astype(np.float64)
@@ -166,7 +178,8 @@ def random_inputs(model: ModelProto, shapes: Mapping[str, tuple[int, ...]], seed
     inputs: dict[str, Array] = {}
     for value in required_inputs(model):
         if not drawable(value):
-            raise ValueError(f"cannot make up input {value.name}, which is no numeric tensor: give it with --inputs")
+            advice = ": give it with --inputs" if value.type.HasField("tensor_type") else ", nor can --inputs give it"
+            raise ValueError(f"cannot make up input {value.name}, which is no numeric tensor{advice}")
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = shapes[value.name]
         draw = rng.integers(0, 2, shape) if dtype.kind in "iub" else rng.standard_normal(shape)
@@ -174,7 +187,7 @@ def random_inputs(model: ModelProto, shapes: Mapping[str, tuple[int, ...]], seed
     return inputs
 
 
-def largest(first: Difference, second: Difference) -> Difference:
+def larger(first: Difference, second: Difference) -> Difference:
     """Return the larger of each figure of two differences in the same output."""
     ulp = None if first.max_ulp is None or second.max_ulp is None else max(first.max_ulp, second.max_ulp)
     return Difference(first.name, max(first.max_abs, second.max_abs), max(first.max_rel, second.max_rel), ulp)

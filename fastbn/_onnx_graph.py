@@ -8,7 +8,7 @@ in the result, and a model of which nothing changed comes out as it went in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ Array = NDArray[Any]
 STANDARD = ("", "ai.onnx")
 FIRST_OPSET = 7
 OLD_IR = 4  # before this version every initializer had to be declared as a graph input too
+SAID = {"doc_string", "metadata_props"}  # fields of a tensor beside its values
 SMALL = 1024  # elements: shape inference may need the values of such a constant, never those of a larger one
 
 # Operators that give the same value each time and carry no graph: constants may be computed through them.
@@ -64,8 +65,8 @@ class Node:
 
     @property
     def label(self) -> str:
-        """What to call the node in a report: its name, and where it has none its first output."""
-        return self.name or next(filter(None, self.outputs), self.op)
+        """What to call the node in a report: its name, and where it has none its first output in the given model."""
+        return self.name or next(filter(None, self.source.output), self.op)
 
     def input(self, index: int) -> str:
         """Return the name of an input, empty where it is absent."""
@@ -125,6 +126,7 @@ class Scope:
         self.removed: set[str] = set()
         self.unknown: set[str] = set()  # names that were read before anything defined them
         self.new_constants: dict[str, Array] = {}
+        self.same_rank: dict[str, str] = {}  # new names of values, and the given ones that have as many axes
         self._read()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -226,6 +228,10 @@ class Scope:
         scope = self.definer(name)
         return scope is not None and name in scope.constants
 
+    def is_read(self, name: str) -> bool:
+        """Say whether anything reads a value that this scope defines."""
+        return bool(self.readers[name]) or name in self.exported
+
     def is_overridable(self, name: str) -> bool:
         """Say whether a name is an initializer that the caller of the model may replace."""
         scope = self.definer(name)
@@ -233,7 +239,7 @@ class Scope:
 
     def constant(self, name: str) -> Array:
         """Compute the value of a constant."""
-        values: dict[str, Array] = {}
+        values: dict[tuple[Scope | None, str], Array] = {}  # an inner name may be that of an outer value
         needed: dict[Node, None] = {}
         pending: list[tuple[Scope, str]] = [(self, name)]
         while pending:
@@ -242,30 +248,25 @@ class Scope:
             assert definer is not None
             producer = definer.producers.get(wanted)
             if producer is None:
-                values[wanted] = definer._stored(wanted)
+                values[definer, wanted] = definer._stored(wanted)
             elif producer not in needed:
                 needed[producer] = None
                 pending.extend((definer, entry) for entry in producer.inputs if entry)
         for node in sorted(needed, key=self.model.order.__getitem__):
-            values.update(_evaluate(node, values))
-        return values[name]
+            inputs = {entry: values[node.scope.definer(entry), entry] for entry in node.inputs if entry}
+            values.update(((node.scope, output), value) for output, value in _evaluate(node, inputs).items())
+        return values[self.definer(name), name]
 
     def _stored(self, name: str) -> Array:
         stored = self.new_constants[name] if name in self.new_constants else self.initializers[name]
         if not isinstance(stored, TensorProto):
             return stored
-        if stored.data_location == TensorProto.EXTERNAL:
-            location = {entry.key: entry.value for entry in stored.external_data}.get("location", "?")
-            raise ValueError(
-                f"the values of {name} lie in the external file {location}, which was not loaded: "
-                "give the path of the model, or load it with its external data"
-            )
         return numpy_helper.to_array(stored)
 
     def rank(self, name: str) -> int | None:
         """Return the number of axes of a value where it can be known."""
         definer = self.definer(name)
-        return None if definer is None else self.model.ranks(definer).get(name)
+        return None if definer is None else self.model.ranks(definer).get(definer.same_rank.get(name, name))
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -371,15 +372,18 @@ class Scope:
 
     def assemble_into(self, target: GraphProto | FunctionProto) -> None:
         """Write the scope as it is now into an empty message. New values are handed over, not kept."""
-        copy_fields(self.source, target, skip={"node", "initializer", "value_info", "input"})
+        copy_fields(self.source, target, skip={"node", "initializer", "value_info", "input", "quantization_annotation"})
         if isinstance(target, GraphProto):
             assert isinstance(self.source, GraphProto)
-            given = {tensor.name for tensor in self.source.initializer}
+            given = {tensor.name: tensor for tensor in self.source.initializer}
             kept = self.initializers.keys()
-            target.input.extend(value for value in self.source.input if value.name not in given - kept)
+            target.input.extend(value for value in self.source.input if value.name not in given.keys() - kept)
+            target.quantization_annotation.extend(
+                entry for entry in self.source.quantization_annotation if entry.tensor_name not in self.removed
+            )
             for name in list(kept):
                 tensor = target.initializer.add()
-                _write_tensor(self.initializers.pop(name), name, tensor)
+                _write_tensor(self.initializers.pop(name), name, tensor, given.get(name))
                 if name not in given and self.model.source.ir_version < OLD_IR:
                     target.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         else:
@@ -407,8 +411,19 @@ class Model:
         for info in source.training_info:
             for binding in (*info.initialization_binding, *info.update_binding):
                 self.graph.exported.update((binding.key, binding.value))
+            self._note_algorithm(info.algorithm)
         for node in self.walk():
             self.order[node] = len(self.order)
+
+    def _note_algorithm(self, graph: GraphProto) -> None:
+        """Note what a training algorithm reads: it is the main graph's continuation, with names of its own."""
+        for body in _bodies([graph]):
+            assert isinstance(body, GraphProto)
+            names = {name for node in body.node for name in (*node.input, *node.output)}
+            names.update(tensor.name for tensor in body.initializer)
+            names.update(value.name for value in (*body.input, *body.output))
+            self.graph.exported |= names
+            self.names |= names
 
     def walk(self) -> Iterator[Node]:
         """Yield every node in graph order, behind each those of its subgraphs, and in the end those of functions."""
@@ -463,7 +478,11 @@ class Model:
 
 def bodies(model: ModelProto) -> Iterator[GraphProto | FunctionProto]:
     """Yield a model's graph, its functions, and the subgraphs of both."""
-    pending: list[GraphProto | FunctionProto] = [model.graph, *model.functions]
+    return _bodies([model.graph, *model.functions])
+
+
+def _bodies(outermost: Iterable[GraphProto | FunctionProto]) -> Iterator[GraphProto | FunctionProto]:
+    pending = list(outermost)
     while pending:
         body = pending.pop()
         yield body
@@ -480,6 +499,8 @@ def tensors(model: ModelProto) -> Iterator[TensorProto]:
     for body in bodies(model):
         if isinstance(body, GraphProto):
             yield from body.initializer
+            for sparse in body.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
         for attribute in (attribute for node in body.node for attribute in node.attribute):
             if attribute.type == AttributeProto.TENSOR:
                 yield attribute.t
@@ -498,10 +519,15 @@ def copy_fields(source: Message, target: Message, skip: set[str]) -> None:
             getattr(target, field.name).extend(value)
 
 
-def _write_tensor(value: TensorProto | Array, name: str, target: TensorProto) -> None:
+def _write_tensor(
+    value: TensorProto | Array, name: str, target: TensorProto, before: TensorProto | None = None
+) -> None:
+    """Write a tensor into an empty message; what is said about the one ``before`` holds for it too."""
     if isinstance(value, TensorProto):
         target.CopyFrom(value)
         return
+    if before is not None:
+        copy_fields(before, target, skip={field.name for field in before.DESCRIPTOR.fields} - SAID)
     target.name = name
     target.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
     target.dims.extend(value.shape)

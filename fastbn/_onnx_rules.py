@@ -269,7 +269,7 @@ def into_producer(bn: Node, affine: Affine, *, duplicate: bool) -> Placed:
     check_channels(trail, weight, affine)
     terms, rank = terms_of(trail, weight)
     shared = sharing(trail, bn)
-    if shared is not None and not duplicate:
+    if shared is not None and (not duplicate or trail.nodes[0].op == "BatchNormalization"):
         raise shared
 
     *inner, last = terms or [Term(0, BIAS, np.zeros(affine.channels))]
@@ -291,6 +291,8 @@ def into_producer(bn: Node, affine: Affine, *, duplicate: bool) -> Placed:
         node.scope.set_constant(node, term.index, as_operand(value, term), f"{node.label}_bias")
     if head.op == "Gemm":
         head.dropped.add("beta")  # the constant has it now
+    if shared is not None:
+        remove_unread(trail.nodes)
     return Placed(head.label, "into-producer", underflow)
 
 
@@ -441,9 +443,18 @@ def copy_in_front(bn: Node, nodes: list[Node]) -> list[Node]:
         copy = node.copy(name)
         copy.inputs = [renamed.get(name, name) for name in node.inputs]
         copy.outputs = [renamed.setdefault(node.outputs[0], scope.model.fresh_name(f"{node.outputs[0]}_folded"))]
+        scope.same_rank[copy.outputs[0]] = node.outputs[0]
         scope.insert(scope.nodes.index(bn), copy)
         copies.append(copy)
     return copies
+
+
+def remove_unread(nodes: list[Node]) -> None:
+    """Take out the last of some nodes, as long as nobody reads what they give."""
+    for node in reversed(nodes):
+        if any(node.scope.is_read(name) for name in node.outputs if name):
+            return
+        node.scope.remove(node)
 
 
 def take_over(bn: Node, node: Node) -> None:
@@ -513,9 +524,9 @@ def into_consumers(bn: Node, affine: Affine) -> Placed:
     for reader in list(scope.readers[name]):
         reader.scope.set_input(reader, reader.inputs.index(name), bn.inputs[0])
     scope.remove(bn)
+    into = ", ".join(entry.node.label for entry in taken)
     for entry in taken:
         entry.write()
-    into = ", ".join(entry.node.label for entry in taken)
     return Placed(into, "into-consumer", sum(entry.underflow for entry in taken))
 
 
@@ -550,7 +561,7 @@ def into_padded_consumer(bn: Node, affine: Affine, obstacle: Obstacle) -> Placed
     """
     scope, name = bn.scope, bn.outputs[0]
     node, *others = scope.readers[name]
-    if others or name in scope.exported or node.op != "Conv" or attribute(node, "auto_pad", b"NOTSET") != b"NOTSET":
+    if others or name in scope.exported or node.op != "Conv" or padding_mode(node) != b"NOTSET":
         raise obstacle
     taken = taken_by(node, bn, name, affine, padded=True)
     with np.errstate(all="ignore"):
@@ -567,6 +578,7 @@ def into_padded_consumer(bn: Node, affine: Affine, obstacle: Obstacle) -> Placed
         names = [scope.add_constant(value, f"{node.label}_pads") for value in constants]
         pad = helper.make_node("Pad", [bn.inputs[0], *names], [name], name=bn.name)
     replace(bn, pad)
+    scope.removed.add(name)  # what was declared of it: its shape is another now
     taken.write()
     node.dropped.add("pads")
     return Placed(node.label, "into-consumer", taken.underflow)
@@ -610,7 +622,7 @@ def check_padding(node: Node, weight: Weight, affine: Affine) -> None:
     """Refuse a convolution that adds zeros at its borders where the batch norm would have given its shift."""
     if node.op not in CONVOLUTIONS or not affine.shift.any():
         return
-    mode, pads = attribute(node, "auto_pad", b"NOTSET"), attribute(node, "pads", ())
+    mode, pads = padding_mode(node), attribute(node, "pads", ())
     kernel = weight.value.shape[2:]
     padded = any(pads) if mode == b"NOTSET" else mode != b"VALID" and max(kernel) > 1
     if node.op == "ConvTranspose":  # which takes fewer taps at its borders, and between the strides
@@ -619,6 +631,12 @@ def check_padding(node: Node, weight: Weight, affine: Affine) -> None:
         padded = padded or attribute(node, "output_shape", None) is not None
     if padded:
         raise Obstacle("padded-consumer", f"{node.label} pads with zeros where the batch norm gives its shift")
+
+
+def padding_mode(node: Node) -> bytes:
+    """Return a convolution's ``auto_pad``; an empty one is none, as for the runtimes."""
+    mode: bytes = attribute(node, "auto_pad", b"") or b"NOTSET"
+    return mode
 
 
 def hands_on(node: Node, affine: Affine) -> bool:
@@ -644,6 +662,7 @@ def shift_output(node: Node, shift: Array) -> None:
         return
     scope, name = node.scope, node.outputs[0]
     inner = scope.model.fresh_name(f"{name}_unshifted")
+    scope.same_rank[inner] = name
     operand = scope.add_constant(shift, f"{node.label}_bias")
     add_name = scope.model.fresh_name(f"{node.name}_bias") if node.name else ""
     scope.rename_output(node, inner)

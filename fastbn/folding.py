@@ -100,13 +100,13 @@ def affine_of_statistics(
 ) -> Affine:
     """Return the map of a batch norm's statistics and parameters, all (C,); ``prefix`` names them in errors."""
     eps = _checked_eps(eps)
-    channels = mean.shape[0] if mean.ndim == 1 else -1
-    for name, array in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
-        if array is not None and array.shape != (channels,):
-            label = prefix + name if name in ("mean", "var") else name
+    if mean.ndim != 1:
+        raise ValueError(f"{prefix}mean must have shape (C,), got {mean.shape}")
+    for name, array in ((f"{prefix}var", var), ("weight", weight), ("bias", bias)):
+        if array is not None and array.shape != mean.shape:
             raise ValueError(
-                f"{prefix}mean must have shape (C,) and {label} the same, "
-                f"but {prefix}mean has shape {mean.shape} and {label} {array.shape}"
+                f"{prefix}mean must have shape (C,) and {name} the same, "
+                f"but {prefix}mean has shape {mean.shape} and {name} {array.shape}"
             )
     variance = var.astype(np.float64) + eps
     if np.any(variance <= 0):  # NaN passes: it stays in its own channel, as in the layers
@@ -118,7 +118,7 @@ def affine_of_statistics(
     if weight is not None:
         with np.errstate(all="ignore"):
             scale = weight.astype(np.float64) * scale
-    offset = np.zeros(channels) if bias is None else bias.astype(np.float64)
+    offset = np.zeros(len(mean)) if bias is None else bias.astype(np.float64)
     finite = np.logical_and.reduce([np.isfinite(array) for array in (mean, var, weight, bias) if array is not None])
     return Affine(mean.astype(np.float64), scale, offset, finite)
 
@@ -391,8 +391,7 @@ def fold_term(term: Wide, affine: Affine, dtype: np.dtype[Any]) -> tuple[Array, 
     """Send an added constant (..., C) through ``affine``, rounded to ``dtype``; flag the channels that overflow."""
     rounded = _round(affine(term), dtype)
     overflow = affine.finite & np.isfinite(term) & ~np.isfinite(rounded)
-    flags: Flags = np.logical_or.reduce(np.reshape(overflow, (-1, affine.channels)), axis=0)
-    return rounded, flags
+    return rounded, np.any(overflow, axis=_all_but_last(overflow))
 
 
 def _fold_after(weight: Array, bias: ArrayLike | None, affine: Affine, layout: Layout) -> Folded:
@@ -414,7 +413,7 @@ def _folded(
 ) -> Folded:
     scaled, rounded = _scaled(weight, affine.scale, layout, axis), _round(total, weight.dtype)
     before, after = layout.largest(weight), layout.largest(scaled)
-    bias_before, bias_after = (np.isfinite(array).reshape(-1, layout.outputs).all(axis=0) for array in (bias, rounded))
+    bias_before, bias_after = (np.isfinite(array).all(axis=_all_but_last(array)) for array in (bias, rounded))
     sound = layout.at_outputs(affine.finite, axis, np.all) & np.isfinite(before) & bias_before
     tiny = _smallest_normal(weight.dtype)
     sunk = (before >= tiny) & (after < tiny) & layout.at_outputs(affine.scale != 0, axis, np.any)
@@ -447,6 +446,10 @@ def _round(values: Wide, dtype: np.dtype[Any]) -> Array:
         inexact = np.isfinite(values) & (narrow.astype(np.float64) != values)
         odd: Array = (narrow.view(np.uint32) | inexact).view(np.float32)
         return odd.astype(dtype)
+
+
+def _all_but_last(array: Array) -> tuple[int, ...]:
+    return tuple(range(array.ndim - 1))
 
 
 def _smallest_normal(dtype: np.dtype[Any]) -> float:
@@ -508,7 +511,7 @@ def fold_state_dict(
         if key in gone:
             continue
         result[key] = folded.get(key, value)
-        layer, _, kind = key.rpartition(".")
+        layer, _, kind = str(key).rpartition(".")
         if kind == "weight" and f"{layer}.bias" in folded:
             result[f"{layer}.bias"] = folded[f"{layer}.bias"]
     return result
@@ -526,7 +529,8 @@ def _fold_named(state: Mapping[str, Any], layer: str, bn: BatchNorm, transposed:
             f"the batch norm has {channels} channels, "
             f"which is no multiple of what a transposed weight of shape {weight.shape} gives"
         )
-    return fold_conv(weight, bias, bn, groups=channels // weight.shape[1], transposed=True)
+    groups = max(channels // max(weight.shape[1], 1), 1)
+    return fold_conv(weight, bias, bn, groups=groups, transposed=True)
 
 
 def _checked_pairs(state: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ except ModuleNotFoundError as error:
     raise ImportError('folding ONNX models needs the onnx package: pip install "fastbn[onnx]"') from error
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from fastbn._onnx_graph import FIRST_OPSET, STANDARD, Model, Node, bodies, copy_fields, tensors
 from fastbn._onnx_rules import (
@@ -44,6 +45,7 @@ from fastbn.folding import Affine
 
 __all__ = ["REASONS", "FoldEntry", "FoldResult", "Size", "fold", "read", "save"]
 
+SHARED = ("second-consumer", "graph-output")  # reasons that a copy of the node in front overcomes
 SMALL = 1024  # bytes of a tensor that is never put into a file of its own, as onnx has it
 LARGEST_FILE = 2**31 - 2**24  # bytes of tensors: protobuf cannot write more than 2 GiB, the graph included
 
@@ -186,7 +188,10 @@ def read(path: str | os.PathLike[str]) -> tuple[ModelProto, frozenset[Path]]:
     outside = [tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL]
     files = frozenset(path.parent / ExternalDataInfo(tensor).location for tensor in outside)
     try:
-        onnx.load_external_data_for_model(model, str(path.parent))
+        for tensor in outside:
+            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
     except (onnx.checker.ValidationError, ValueError) as error:
         raise OSError(f"external data of {path} cannot be read: {error}") from None
     return model, files
@@ -270,6 +275,12 @@ def _check_model(model: ModelProto) -> None:
     for entry in model.opset_import:
         if entry.domain in STANDARD and not FIRST_OPSET <= entry.version <= newest:
             raise ValueError(f"opset {entry.version} is not supported, only {FIRST_OPSET} to {newest}")
+    for tensor in tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise ValueError(
+                f"the values of {tensor.name} lie in the external file {ExternalDataInfo(tensor).location}, which was "
+                "not loaded: give the path of the model, or load it with its external data"
+            )
 
 
 def _objection(model: ModelProto) -> str:
@@ -305,11 +316,14 @@ def _fold_one(norm: Node, entry: FoldEntry, *, duplicate: bool) -> FoldEntry:
     if entry.channels is None:
         entry = replace(entry, **_figures(norm, parameters, affine))
     try:
-        return _folded(entry, into_producer(norm, affine, duplicate=duplicate))
+        return _folded(entry, into_producer(norm, affine, duplicate=False))
     except Obstacle as in_front:
         try:
             return _folded(entry, into_consumers(norm, affine))
         except Obstacle as behind:
+            if duplicate and in_front.code in SHARED:
+                with suppress(Obstacle):
+                    return _folded(entry, into_producer(norm, affine, duplicate=True))
             return _kept(entry, in_front, behind)
 
 

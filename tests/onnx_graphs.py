@@ -288,6 +288,18 @@ def norm_and_pointwise_conv_that_pads_the_same():
 
 
 @case("padded-consumer")
+def norm_and_pointwise_conv_with_an_empty_mode_that_pads():
+    g = Graph(2, 4, 9, 8)
+    return g.model(g.conv(g.norm("x", 4), 4, 6, (1, 1), auto_pad="", pads=[1, 1, 1, 1]))
+
+
+@case(BEHIND, INTO, operators=["MatMul", "Add"])
+def norm_and_matmul_and_norm():
+    g = Graph(3, 4)
+    return g.model(g.norm(g.add("MatMul", g.norm("x", 4), g.const(g.normal(4, 6))), 6))
+
+
+@case("padded-consumer")
 def norm_and_padded_conv():
     g = Graph(2, 4, 9, 8)
     return g.model(g.conv(g.norm("x", 4), 4, 6, pads=[1, 1, 1, 1]))
@@ -494,6 +506,21 @@ def matmul_and_add_duplicated():
     g = Graph(3, 4)
     y = g.add("Add", g.add("MatMul", "x", g.const(g.normal(4, 6))), g.const(g.rng.normal(size=6)))
     return g.model(g.norm(y, 6), g.add("Relu", y))
+
+
+@case("second-consumer", BEHIND, operators=["BatchNormalization", "Relu", "Conv"], options={"duplicate": True})
+def nothing_is_copied_that_something_behind_takes_in():
+    g = Graph(2, 4, 9, 8)
+    y = g.norm("x", 4)
+    return g.model(g.add("Relu", y), g.conv(g.norm(y, 4), 4, 6))
+
+
+@case(INTO, operators=["Conv", "Conv", "Add", "Relu"], options={"duplicate": True})
+def what_only_the_copy_was_read_for_goes():
+    g = Graph(2, 4, 9, 8)
+    y = g.conv("x", 4, 6)
+    z = g.add("Add", y, g.const(g.rng.normal(size=(6, 1, 1))))
+    return g.model(g.norm(z, 6), g.add("Relu", y))
 
 
 @case("second-consumer")

@@ -325,6 +325,32 @@ def test_difference_counts_ulps():
     assert difference("y", np.zeros(2), np.ones(2)).max_rel == np.inf
 
 
+def test_difference_of_sequences_and_maps():
+    one, other = [np.ones(2, np.float32), np.zeros((1, 3))], [np.ones(2, np.float32), np.full((1, 3), 1e-6)]
+    assert difference("s", one, one).max_abs == 0
+    assert difference("s", one, other).max_abs == 1e-6
+    assert difference("s", [], []).max_rel == 0
+    for bad in (one[:1], {0: one[0], 1: one[1]}, [one[0], None]):
+        assert difference("s", one, bad).max_abs == np.inf
+    assert difference("m", [{"a": 1.0, "b": 2.0}], [{"a": 1.0, "b": 2.5}]).max_abs == 0.5
+    assert difference("m", {"a": 1.0}, {"b": 1.0}).max_abs == np.inf
+    assert difference("o", None, None).max_abs == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message", ((["--check"], "nor can --inputs give it"), (["--inputs", "in.npz"], "can hold nothing else"))
+)
+def test_an_input_that_is_a_sequence(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    graph = Graph(1, 4, 9, 8)
+    graph.inputs.append(helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, None))
+    onnx.save(graph.model(graph.norm(graph.conv("x", 4, 6), 6), graph.add("SequenceLength", "q")), "model.onnx")
+    np.savez("in.npz", x=np.ones((1, 4, 9, 8), np.float32), q=np.ones((2, 3), np.float32))
+    assert main(["fold", "model.onnx", *arguments]) == 2
+    assert message in one_line(capsys)
+    assert files(Path()) == ["in.npz", "model.onnx"]
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +515,16 @@ def test_checkpoint_with_pairs_found(tmp_path, capsys):
     assert "features.conv0.bias" in folded
     assert "features.norm0.running_mean" not in folded
     assert "features.norm5.running_mean" in folded
+
+
+def test_groups_of_a_transposed_convolution_are_found(tmp_path, capsys):
+    source = tmp_path / "model.safetensors"
+    save_file(network(("m.0", (4, 3, 3, 3)), ("m.1", 6), ("n.0", (4, 3, 3, 3)), ("n.1", 7)), source)
+    assert main(["fold", str(source), "--pairs", "auto", "--transposed", "m.0", "n.0"]) == 0
+    output = capsys.readouterr().out
+    assert "folded -> m.0" in output
+    assert "unpaired: n.0 gives 3 channels, it has 7" in output
+    assert load_file(tmp_path / "model.folded.safetensors")["m.0.bias"].shape == (6,)
 
 
 def test_warning_of_a_checkpoint_takes_one_line(tmp_path, capsys):

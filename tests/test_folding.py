@@ -392,6 +392,27 @@ def test_bad_state(pairs, options, message):
         fold_state_dict(state, pairs, **options)
 
 
+def test_keys_of_a_state_that_are_no_names_are_kept():
+    state = {0: 1, "a.weight": normal(4, 3)} | {f"n.{key}": value for key, value in norm(4).items()}
+    assert list(fold_state_dict(state, [("a", "n")])) == [0, "a.weight", "a.bias"]
+
+
+def test_statistics_of_one_number_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"mean must have shape \(C,\), got \(\)"):
+        fold_scale_shift(np.float32(0), np.float32(1))
+
+
+def test_layers_without_channels():
+    """As pruning leaves them."""
+    none = norm(0)
+    assert [array.shape for array in fold_conv(normal(0, 3, 2), None, none)] == [(0, 3, 2), (0,)]
+    assert [array.shape for array in fold_conv(normal(3, 0, 2), None, none, transposed=True)] == [(3, 0, 2), (0,)]
+    assert [array.shape for array in fold_linear(normal(0, 3), np.zeros(0), none)] == [(0, 3), (0,)]
+    assert [array.shape for array in fold_into_next_conv(norm(4), normal(0, 4, 1), None)] == [(0, 4, 1), (0,)]
+    state = {"a.weight": normal(3, 0, 2)} | {f"n.{key}": value for key, value in none.items()}
+    assert fold_state_dict(state, [("a", "n")], transposed=["a"])["a.bias"].shape == (0,)
+
+
 def test_overflow_in_a_state_names_the_layer():
     state = {"a.weight": np.full((2, 3), 6e4, np.float16)} | {
         f"n.{k}": v for k, v in norm(2, weight=np.ones(2) * 9).items()

@@ -80,6 +80,8 @@ def test_graph(name):
     else:
         assert_same_function(model, result.model, case.tolerance)
 
+    inferred = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(fold(inferred, **case.options).model, full_check=True)
     again = fold(result.model, **case.options)
     assert again.folded == 0
     assert again.model.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
@@ -145,6 +147,9 @@ def test_everything_else_is_preserved():
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (y, z, "relu_out")]
     model.graph.value_info.extend(infos)
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "unused"))
+    model.graph.initializer[0].doc_string = "about the weight"
+    for name in (y, z):
+        model.graph.quantization_annotation.add(tensor_name=name)
 
     folded = fold(model).model
 
@@ -161,6 +166,21 @@ def test_everything_else_is_preserved():
     assert folded.graph.node[0].attribute == model.graph.node[0].attribute
     assert list(folded.graph.node[1:]) == list(model.graph.node[2:])
     assert [tensor.name for tensor in folded.graph.initializer] == ["first.weight", "first.bias", "unused"]
+    assert folded.graph.initializer[0].doc_string == "about the weight"
+    assert [entry.tensor_name for entry in folded.graph.quantization_annotation] == [z]
+
+
+def test_what_a_training_algorithm_reads_is_kept():
+    """It is the continuation of the main graph."""
+    graph = Graph(1, 4, 9, 8)
+    y = graph.conv("x", 4, 6)
+    model = graph.model(graph.norm(y, 6))
+    loss = helper.make_tensor_value_info("loss", TensorProto.FLOAT, [])
+    step = helper.make_graph([helper.make_node("ReduceMean", [y], ["loss"], keepdims=0)], "step", [], [loss])
+    model.training_info.add().algorithm.CopyFrom(step)
+    result = fold(model)
+    assert [entry.reason for entry in result.report] == ["graph-output"]
+    assert result.model == model
 
 
 def test_shared_weights_are_cloned():
@@ -211,9 +231,37 @@ def test_external_data_is_read_and_written(tmp_path):
 
     with pytest.raises(ValueError, match=r"weights\.bin.*give the path"):
         fold(onnx.load(path, load_external_data=False))
+    outside = onnx.load(path)
+    outside.graph.initializer.add(name="unused", data_type=TensorProto.FLOAT, dims=[1], data_location="EXTERNAL")
+    with pytest.raises(ValueError, match="unused lie in the external file"):
+        fold(outside)
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(OSError, match="external data"):
         fold(path)
+
+
+def test_external_data_of_a_sparse_initializer(tmp_path):
+    graph = Graph(1, 4, 8, 8)
+    y = graph.norm(graph.conv("x", 4, 3, kernel=(1, 1)), 3)
+    values = numpy_helper.from_array(np.ones(2, np.float32), "sparse")
+    indices = numpy_helper.from_array(np.array([0, 5]), "indices")
+    dense = graph.model(graph.add("Add", y, graph.const(np.eye(1, 8), "sparse")))
+    model = onnx.ModelProto()
+    model.CopyFrom(dense)
+    model.graph.initializer.remove(model.graph.initializer[-1])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "values").write_bytes(values.raw_data)
+    values.ClearField("raw_data")
+    values.data_location = TensorProto.EXTERNAL
+    values.external_data.add(key="location", value="values")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    (tmp_path / "in" / "model.onnx").write_bytes(model.SerializeToString())
+    assert read(tmp_path / "in" / "model.onnx")[1] == {tmp_path / "in" / "values"}
+    result = fold(tmp_path / "in" / "model.onnx")
+    assert result.folded == 1
+    save(result.model, tmp_path / "model.onnx")
+    inputs = random_inputs(dense, input_shapes(dense, {}))
+    assert all(d.max_rel < 1e-6 for d in compare(tmp_path / "in" / "model.onnx", tmp_path / "model.onnx", inputs))
 
 
 def branches(then_branch, else_branch, *inputs):
@@ -251,6 +299,37 @@ def test_the_same_name_in_two_branches_is_two_values(order):
     for which in (True, False):
         (expected,), (actual,) = (run(each, arrays | {"c": np.array(which)}) for each in (model, result.model))
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_inner_constant_by_the_name_of_an_outer_one():
+    """What an outer node reads under that name is another value."""
+
+    def branch(key):
+        body = Graph(prefix=key)
+        body.const(np.full((1, 1, 1, 1), 2), "a")
+        weight = body.add("Add", "a", "b")
+        body.add("Identity", body.norm(body.add("Conv", "x", weight), 1), outputs=[f"{key}z"])
+        graph = body.graph()
+        graph.output.append(helper.make_tensor_value_info(f"{key}z", TensorProto.FLOAT, None))
+        return graph
+
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 1, 1, 1))
+    model = branches(branch("then"), branch("else"), shape)
+    model.graph.node.insert(0, helper.make_node("Neg", ["a"], ["b"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.full((1, 1, 1, 1), 10, np.float32), "a"))
+    result = fold(model)
+    assert result.folded == 2
+    assert_same_function(model, result.model, 1e-6, {"x": np.ones((1, 1, 1, 1), np.float32), "c": np.array(True)})
+
+
+def test_a_layer_without_channels_holds_up_nothing():
+    graph = Graph(1, 4, 9, 8)
+    other = graph.norm(graph.conv("x", 4, 6), 6)
+    model = graph.model(other, graph.norm(graph.conv("x", 4, 0), 0))
+    result = fold(model)
+    assert result.folded == 2
+    inputs = random_inputs(model, input_shapes(model, {}))
+    assert [output.shape for output in run(result.model, inputs)] == [(1, 6, 7, 6), (1, 0, 7, 6)]
 
 
 @pytest.mark.parametrize("op", ("Identity", "Dropout", "Relu"))
