@@ -132,3 +132,25 @@ def test_order_of_channels_does_not_matter(given, order):
     y, *_ = fastbn.batch_norm_forward(x, axis=axis)
     permuted, *_ = fastbn.batch_norm_forward(np.ascontiguousarray(x.take(order, axis)), axis=axis)
     np.testing.assert_allclose(permuted, y.take(order, axis), rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.sampled_from((1, 4, 8, 16)), st.integers(1, 2**16), dtypes, seeds)
+def test_every_value_of_long_rows_is_written(n, c, unit, length, dtype, seed):
+    """However a row is cut: its length decides on pieces, on vectors, and on channels that are written together."""
+    n, length = min(n, max(1, 2**19 // (c * length))), max(2, length - length % unit)
+    rng = np.random.default_rng(seed)
+    x, dy = (rng.standard_normal((n, c, length), np.float32).astype(dtype) for _ in range(2))
+    tolerance = 1e-4 if dtype == np.float32 else 1e-10
+    mean, var = (getattr(x, what)((0, 2), np.float64, keepdims=True) for what in ("mean", "var"))
+    normal = (x - mean) / np.sqrt(var + 1e-5)
+    out = np.full_like(x, np.nan)
+    _, mean, invstd = fastbn.batch_norm_forward(x, out=out)
+    np.testing.assert_allclose(out, normal, rtol=tolerance, atol=tolerance)
+    out[:] = np.nan
+    fastbn.scale_shift(x, np.ones(c), np.ones(c), out=out)
+    np.testing.assert_allclose(out, x + 1, rtol=tolerance, atol=tolerance)
+    out[:] = np.nan
+    fastbn.batch_norm_backward(dy, x, mean, invstd, out=out)
+    along = normal * (dy * normal).mean((0, 2), np.float64, keepdims=True)
+    expected = (dy - dy.mean((0, 2), np.float64, keepdims=True) - along) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)

@@ -162,6 +162,8 @@ def _blocks(n: int, s: int) -> int:
 
 def _widest(c: int, s: int) -> int:
     """Channels of the widest run: one long row, or a slab, of whole or half lines where it is about as wide."""
+    if s >= 2 * BLOCK:  # such rows are written in pieces, of one channel each
+        return 1
     run = max(1, SLAB // s)
     for values in LANES, LANES // 2:
         whole = values // gcd(s, values)
