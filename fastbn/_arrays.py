@@ -161,7 +161,8 @@ def view(x: Array, axis: int) -> View:
 
 
 def flat(x: Array) -> Array:
-    """Values of a dense array in memory order, as a view."""
+    """Values of a dense array in memory order, as a view; a matrix would stay one."""
+    x = np.asarray(x)
     return x.reshape(-1) if x.flags.num & 0x1 else x.ravel("K")
 
 

@@ -405,7 +405,7 @@ def _prepare(
         res = same_layout(residual, xv)
         others = (*others, residual)
         if slope != 1.0 and keep_signs:
-            signs = np.empty(backend.sign_words(xv.n, xv.c, xv.s, x.itemsize), np.uint16)
+            signs = np.empty(backend.sign_words(xv.n, xv.c, xv.s, x.itemsize) if x.size else 0, np.uint16)
     if out is None:
         return empty_like(x), res, signs, False
     check_out(out, x.shape, x.dtype)

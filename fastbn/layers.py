@@ -28,7 +28,7 @@ from fastbn._arrays import (
     view,
 )
 from fastbn._channels import Parameters, fold, update_running
-from fastbn._comm import BACKWARD, Detour, Inputs, ranks_of
+from fastbn._comm import BACKWARD, Detour, Inputs, Ranks, ranks_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
@@ -46,6 +46,7 @@ class _BatchNorm:
     """What the layers share."""
 
     _ranks: tuple[int, ...]  # the numbers of dimensions that a layer takes
+    _detour: Detour | None = None  # of training statistics, see `comm`
     _buffers: tuple[str, ...] = ("running_mean", "running_var", "num_batches_tracked")  # of the state, where not None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -74,7 +75,7 @@ class _BatchNorm:
         self.track_running_stats = truth(track_running_stats, "track_running_stats")
         channel_axis(axis, max(self._ranks))
         self.axis = integer(axis, "axis")
-        self.dtype = _dtype(dtype)
+        self.dtype = dtype
         self.activation = activation
         self.training = True
         self.params: dict[str, Array] = {}
@@ -206,12 +207,12 @@ class _BatchNorm:
         if self._checked is not None:
             before, parameters = self._checked
             same = before[0] is weight and before[1] is bias and before[2] is mean and before[3] is var
-            if same and not (self.training and _read_only(mean, var)):
+            if same and before[4] == self.num_features and not (self.training and _read_only(mean, var)):
                 return parameters
         running = self._running(self.training) or (None, None)
         parameters = Parameters.of(*F._weight_and_bias(weight, bias, self.num_features), *running)
-        given = (weight, bias, mean, var)
-        as_given = all(a is b for a, b in zip(given, parameters, strict=False))
+        given = (weight, bias, mean, var, self.num_features)
+        as_given = all(a is b for a, b in zip(given[:4], parameters[:4], strict=True))
         self._checked = (given, parameters) if as_given else None  # copies grow stale
         return parameters
 
@@ -222,10 +223,7 @@ class _BatchNorm:
             raise ValueError("running_mean and running_var must either both be None or neither be None")
         if mean is None or var is None:
             return None
-        return (
-            channel_vector(mean, "running_mean", self.num_features, update),
-            channel_vector(var, "running_var", self.num_features, update),
-        )
+        return F._running_vectors(mean, var, self.num_features, update)
 
     def _inference(self) -> Array:
         """`norm` of eval mode."""
@@ -248,12 +246,22 @@ class _BatchNorm:
         """Weight of the next batch in the running statistics, None where there are none to follow."""
         if parameters.running_mean is None or not self.track_running_stats:
             return None
-        return 1.0 / ((self.num_batches_tracked or 0) + 1) if self.momentum is None else self.momentum
+        batches = self._batches()
+        return 1.0 / (batches + 1) if self.momentum is None else self.momentum
+
+    def _batches(self) -> int:
+        """`num_batches_tracked`, checked."""
+        batches = self.num_batches_tracked or 0
+        if type(batches) is not int:
+            batches = integer(batches, "num_batches_tracked")
+        if batches < 0:
+            raise ValueError(f"num_batches_tracked must not be negative, got {batches}")
+        return batches
 
     def _tracked(self, parameters: Parameters) -> None:
         """The running statistics among the parameters have followed a batch."""
         F._write_back(parameters, self.running_mean, self.running_var)
-        self.num_batches_tracked = (self.num_batches_tracked or 0) + 1
+        self.num_batches_tracked = self._batches() + 1
 
     # --- parameters and modes ---
 
@@ -264,7 +272,17 @@ class _BatchNorm:
 
     @activation.setter
     def activation(self, activation: Activation) -> None:
-        self._slope, self._activation = slope_of(activation), activation
+        self._slope = slope_of(activation)
+        self._activation = activation if isinstance(activation, str | None) else (activation[0], activation[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of parameters, running statistics and gradients: float32 or float64."""
+        return self._real
+
+    @dtype.setter
+    def dtype(self, dtype: DTypeLike) -> None:
+        self._real = _dtype(dtype)
 
     @property
     def _vectors(self) -> dict[str, Array]:
@@ -280,7 +298,10 @@ class _BatchNorm:
     def comm(self, comm: Any) -> None:
         if comm is not None and type(self).__call__ is not _BatchNorm.__call__:
             raise TypeError(f"a {type(self).__name__} takes no communicator")
-        self._detour: Detour | None = ranks_of(comm, self.num_features)
+        pooled = self._detour is not None and not isinstance(self._detour, Ranks)
+        if pooled:
+            raise RuntimeError("comm cannot be assigned within recalibrate, which pools the layer's statistics")
+        self._detour = ranks_of(comm, self.num_features)
         self._comm, self._saved = comm, None
 
     @property

@@ -23,6 +23,7 @@ from fastbn._arrays import (
     check_out,
     floating,
     real,
+    same_layout,
     view,
     writable_in_place,
 )
@@ -561,7 +562,8 @@ class FrozenBatchNorm(_Variant):
         scale = np.zeros_like(saved.norm)
         scale[4] = saved.norm[4]
         dresidual = dy.copy() if saved.residual else None
-        dx = F._transform(view(dy, self.axis), None, scale, 1.0, out)[0]
+        x = saved.x
+        dx = F._transform(View(same_layout(dy, x), x.n, x.c, x.s), None, scale, 1.0, out)[0]
         return dx, dresidual, np.empty(0, self.dtype), np.empty(0, self.dtype)
 
     def _options(self) -> str:

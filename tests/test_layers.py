@@ -459,3 +459,71 @@ def test_classes_of_others_keep_their_words():
     assert Mine.__doc__ is None
     assert Other.__doc__ == "Other words."
     assert Other.flag
+
+
+def test_another_number_of_features_is_checked_against_the_arrays():
+    bn, x = fastbn.BatchNorm2d(3), np.ones((4, 3, 2, 2), np.float32)
+    bn(x)
+    bn.num_features = 8
+    with pytest.raises(ValueError, match=r"(weight|running_mean) should contain 8 elements not 3"):
+        bn(np.ones((4, 8, 2, 2), np.float32))
+    bn.num_features = 3
+    bn(x)
+
+
+@pytest.mark.parametrize("dtype", ("float16", "int64", "nonsense"))
+def test_a_dtype_that_is_assigned_is_checked(dtype):
+    bn = fastbn.BatchNorm2d(3)
+    with pytest.raises(TypeError, match="dtype must be float32 or float64"):
+        bn.dtype = dtype
+    assert bn.dtype == np.float32
+
+
+def test_running_statistics_that_share_memory_are_refused():
+    bn, values = fastbn.BatchNorm1d(3), np.ones(6, np.float32)
+    for bn.running_mean, bn.running_var in ((values[:3], values[2:5]), (values[:3], values[:3])):
+        with pytest.raises(ValueError, match="share memory"):
+            bn(np.zeros((4, 3), np.float32))
+    assert (values == 1).all()
+    bn.eval()(np.zeros((4, 3), np.float32))
+
+
+@pytest.mark.parametrize("momentum", (0.1, None))
+@pytest.mark.parametrize("counter, error", (("a", TypeError), (-1, ValueError), (1.5, TypeError)))
+def test_a_counter_that_is_none_leaves_the_layer_alone(momentum, counter, error):
+    bn = fastbn.BatchNorm1d(3, momentum=momentum)
+    bn.num_batches_tracked = counter
+    with pytest.raises(error, match="num_batches_tracked must"):
+        bn(np.random.default_rng(0).standard_normal((4, 3)))
+    assert (bn.running_mean == 0).all()
+    bn.num_batches_tracked = np.int64(2)
+    bn(np.ones((4, 3)))
+    assert bn.num_batches_tracked == 3
+
+
+def test_an_activation_is_kept_as_it_was():
+    given = ["leaky_relu", 0.1]
+    bn = fastbn.BatchNorm1d(3, activation=given)
+    given[1] = 0.9
+    x = np.full((2, 3), -1.0)
+    assert_close(bn.eval()(x), bn.fold()(x))
+
+
+@pytest.mark.parametrize(
+    "name", ("BatchNorm2d", "GhostBatchNorm", "BatchRenorm", "RunningBatchNorm", "FrozenBatchNorm")
+)
+def test_no_positions_with_a_residual_and_an_activation(name):
+    bn, x = getattr(fastbn, name)(3, activation="relu"), np.zeros((2, 3, 0, 4), np.float32)
+    for _ in range(2):
+        assert bn(x, residual=x).shape == x.shape
+        bn.eval()
+
+
+def test_out_may_be_a_matrix():
+    x = np.random.default_rng(0).standard_normal((8, 3))
+    out, dx = (np.zeros_like(x).view(np.matrix) for _ in range(2))
+    bn, other = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
+    assert bn(x, out=out) is out
+    bn.backward(x, out=dx)
+    np.testing.assert_array_equal(out, other(x))
+    np.testing.assert_array_equal(dx, other.backward(x))

@@ -219,3 +219,15 @@ def test_example_after_weight_averaging(monkeypatch, capsys):
     trained, averaged, recalibrated = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
     assert recalibrated > 0.9
     assert recalibrated > max(trained, averaged)
+
+
+def test_a_communicator_cannot_be_assigned_within():
+    bn = fastbn.BatchNorm2d(3)
+    x = np.random.default_rng(0).standard_normal((8, 3, 4, 4))
+    with fastbn.recalibrate(bn):
+        bn(x)
+        with pytest.raises(RuntimeError, match="within recalibrate"):
+            bn.comm = None
+        bn(2 * x)
+    assert bn.num_batches_tracked == 2
+    bn.comm = None

@@ -574,3 +574,12 @@ def test_bad_input_leaves_the_layer_as_it_was(name):
     assert layer.backward(dy).shape == x.shape  # it still can
     with pytest.raises(RuntimeError, match="forward"):
         layer.backward(dy)
+
+
+def test_a_frozen_layer_s_backward_follows_its_forward():
+    bn, x = fastbn.FrozenBatchNorm(3), np.ones((2, 3, 50), np.float32)
+    bn.weight = [1, 2, 3]
+    bn(x)
+    bn.axis = 2
+    expected = np.array([1, 2, 3], np.float32)[:, None] / np.sqrt(np.float32(1 + 1e-5)) * x
+    np.testing.assert_allclose(bn.backward(x), expected, rtol=1e-6)
