@@ -1,4 +1,4 @@
-"""The compiled yardsticks: the fastest copy, and oneDNN.
+"""The compiled yardsticks: the fastest copy, oneDNN, and a probe of the machine.
 
 `yardsticks.cpp` is built at first use, beside the bytecode.
 """
@@ -28,6 +28,7 @@ SIGNATURES = {
     "set_threads": (None, ctypes.c_int),
     "copy_plain": (None, Pointer, Pointer, Long),
     "copy_stream": (None, Pointer, Pointer, Long),
+    "probe": (None, ctypes.POINTER(ctypes.c_double), ctypes.POINTER(ctypes.c_double)),
     "norm_new": (Pointer, *[ctypes.c_int] * 3, Pointer, ctypes.c_float, *[Pointer] * 6),
     "norm_run": (None, Pointer),
     "norm_result": (None, Pointer, Pointer, Pointer),

@@ -179,9 +179,10 @@ def losses(stored: Stored, name: str) -> tuple[list[tuple[Line, str, float]], in
 
 
 HOW = (
-    "Times are medians of samples taken in turn, in *copies*: the fastest copy of the same tensor, plain or "
-    "streaming, is 1. The least in a row is bold. Every candidate but JAX writes to an array it is given. `-last` is "
-    "channels last. GB/s counts every array read or written once."
+    "Times are in *copies*: the fastest copy of the same tensor, plain or streaming, is 1. They are medians of samples "
+    "taken in turn: of those during which [probes](../probes.py) found no other machine on the same cores and both "
+    "threads on one die, or of the least disturbed. The least in a row is bold. Every candidate but JAX writes to an "
+    "array it is given. `-last` is channels last. GB/s counts every array read or written once."
 )
 
 

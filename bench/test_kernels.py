@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastbn
 from bench.candidates import RefusedError, candidate, problem
+from bench.probes import FEWEST, Samples, best, shortest_pulse, undisturbed
 from bench.rows import COPIES, ROWS, Row
-from bench.turns import Candidate, Replay, Samples, in_turn, quoted
+from bench.turns import Candidate, Replay, in_turn
 
-SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))  # for a row, in all sweeps
+SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))  # for a row, in the usual sweeps
 SWEEPS = 6  # over all rows
+MOST = 9  # and over rows of which most samples were disturbed
 PLACED = 1 << 26  # bytes moved up to which it matters where arrays lie in memory
 clock = Replay()
 
 
+class Times(NamedTuple):
+    """What is quoted of a row: seconds a call, of every candidate that does not refuse."""
+
+    seconds: dict[str, list[float]]
+    others: float  # share of the machine that other processes had
+    undisturbed: dict[str, int]  # samples
+
+
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> dict[Row, tuple[Samples, float]]:
+def measured(request: pytest.FixtureRequest) -> dict[Row, Times]:
     """`times` of all selected rows."""
     tests = (item for item in request.session.items if isinstance(item, pytest.Function))
     rows: dict[Any, None] = dict.fromkeys(
@@ -36,30 +47,45 @@ def measured(request: pytest.FixtureRequest) -> dict[Row, tuple[Samples, float]]
         fastbn.set_backend(backend)
 
 
-def times(rows: list[Row]) -> dict[Row, tuple[Samples, float]]:
-    """Seconds a call, of every candidate of these rows that does not refuse; others' share of the machine.
+def times(rows: list[Row]) -> dict[Row, Times]:
+    """The best samples of all rows.
 
     All rows are swept over several times, and the samples put together. A machine that is slower for minutes then is so
     for a part of all rows, and not for all of some; and arrays lie elsewhere each time, which decides on up to twice
-    the time of those about as large as the last cache. Twelve restless rows: ratios to peers differ by 5.6 % at the
-    median and a tenth of them by 18.5 % with four sweeps, by 4.7 and 14.3 % with six. Two whole runs of all rows: 4.8 %
-    at the median; 7.6 % when it was the 20th percentiles of four sweeps.
+    the time of those about as large as the last cache. Rows of which too few samples are undisturbed get more sweeps.
     """
-    found: dict[Row, tuple[Samples, float]] = {row: ({}, 0.0) for row in rows}
+    found: dict[Row, Samples] = {row: {} for row in rows}
+    others = dict.fromkeys(rows, 0.0)
     kept: deque[dict[str, Candidate]] = deque(maxlen=SWEEPS)  # what is given back would be the next place
-    for sweep in range(SWEEPS):
-        print(f"sweep {sweep + 1} of {SWEEPS} over {len(rows)} rows", flush=True)
+    due = rows
+    for sweep in range(MOST):
+        if sweep >= SWEEPS:
+            pulse = shortest_pulse(found.values())
+            due = [row for row in rows if _counts(found[row], pulse) < FEWEST]
+        print(f"sweep {sweep + 1} over {len(due)} rows", flush=True)
         problem.cache_clear()
-        for row in rows:
+        for row in due:
             ready = _candidates(row)
             if row.nbytes <= PLACED:
                 kept.append(ready)
-            samples, others = found[row]
             more, share = in_turn(ready, SECONDS / SWEEPS)
             for name, values in more.items():
-                samples.setdefault(name, []).extend(values)
-            found[row] = samples, max(others, share)
-    return found
+                found[row].setdefault(name, []).extend(values)
+            others[row] = max(others[row], share)
+    pulse = shortest_pulse(found.values())
+    return {
+        row: Times(
+            {name: best(values, pulse) for name, values in samples.items()},
+            others[row],
+            {name: undisturbed(values, pulse) for name, values in samples.items()},
+        )
+        for row, samples in found.items()
+    }
+
+
+def _counts(samples: Samples, pulse: float) -> float:
+    """Number of undisturbed samples of the middle one of the candidates."""
+    return median(undisturbed(values, pulse) for values in samples.values())
 
 
 def _candidates(row: Row) -> dict[str, Candidate]:
@@ -72,21 +98,21 @@ def _candidates(row: Row) -> dict[str, Candidate]:
     return ready
 
 
-def limit(samples: Samples, threads: str) -> float:
+def limit(seconds: dict[str, list[float]], threads: str) -> float:
     """Seconds of the better copy, on as many threads where the row compares threads."""
-    return min(quoted(values) for name, values in samples.items() if name in {f"{copy}{threads}" for copy in COPIES})
+    return min(median(values) for name, values in seconds.items() if name in {f"{copy}{threads}" for copy in COPIES})
 
 
 @pytest.mark.parametrize("row,name", [pytest.param(r, n, id=f"{r}: {n}") for r in ROWS for n in r.candidates])
 @pytest.mark.benchmark(timer=clock.read, disable_gc=True)
-def test_time(benchmark: BenchmarkFixture, measured: dict[Row, tuple[Samples, float]], row: Row, name: str) -> None:
-    samples, others = measured[row]
+def test_time(benchmark: BenchmarkFixture, measured: dict[Row, Times], row: Row, name: str) -> None:
+    samples, others, counts = measured[row]
     if name not in samples:
         pytest.skip(f"{name} cannot do this")
     benchmark.group = str(row)
     clock.load(samples[name])
     benchmark.pedantic(clock.call, rounds=len(samples[name]))  # type: ignore[no-untyped-call]
-    seconds = quoted(samples[name])
+    seconds = median(samples[name])
     threads = name[name.index(", ") :] if "threads" in name else ""
     benchmark.extra_info.update(
         table=row.table,
@@ -99,4 +125,5 @@ def test_time(benchmark: BenchmarkFixture, measured: dict[Row, tuple[Samples, fl
         gb_per_s=round(row.nbytes / seconds / 1e9, 2),
         copies=round(seconds / limit(samples, threads), 3),
         others=round(others, 3),
+        undisturbed=counts[name],
     )

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
+
+from bench.probes import Sample, Samples, probe, worse
 
 SAMPLE = 3e-4  # seconds: shorter calls are timed in batches that take this long
 SETTLE = 1.5e-3  # seconds of untimed calls before a sample: the last candidate's idle threads spin for about so long
@@ -25,7 +26,7 @@ ROUNDS = 3  # at least
 MANY = 150  # rounds that are enough
 SLOW = 4.0  # a call that takes so many times the fastest one
 LONG = 5e-3  # and so many seconds is timed
-EVERY = 3  # in every third round only
+EVERY = 6  # in every sixth round only
 BLOCK = 0.2  # seconds of rounds that are kept or dropped together
 QUIET = 0.05  # share of the machine that other processes may have had in a block that is kept
 PATIENCE = 2.0  # times the usual time to wait for enough such blocks
@@ -57,23 +58,10 @@ class Candidate:
     result: Callable[[Any], Any] = lambda returned: returned
 
 
-def quoted(samples: Sequence[float]) -> float:
-    """The median.
-
-    The machine writes twice as fast at times, for a minute or two; the 20th percentile is of such times as soon as they
-    are a fifth of all. Of twelve restless rows, swept over 23 times, two halves of eight sweeps differ in their ratios
-    to peers by 4.0 % at the median, and a tenth of them by 12.5 %; the 20th percentiles' by 4.9 and 19.9 %.
-    """
-    return median(samples)
-
-
-Samples = dict[str, list[float]]
-
-
 def in_turn(candidates: dict[str, Candidate], seconds: float) -> tuple[Samples, float]:
-    """Seconds a call, of every candidate, sampled in turn for about so long; and what share others had of the machine.
+    """Samples of every candidate, taken in turn for about so long; and what share other processes had of the machine.
 
-    What was sampled while other processes were busy is dropped, where enough is left.
+    What was sampled while they were busy is dropped, where enough is left.
     """
     first = {name: _calibrate(candidate) for name, candidate in candidates.items()}
     repeat = {name: 1 if candidates[name].once else max(1, round(SAMPLE / first[name])) for name in candidates}
@@ -83,9 +71,12 @@ def in_turn(candidates: dict[str, Candidate], seconds: float) -> tuple[Samples, 
     names, shuffled = list(candidates), random.Random(0)
 
     def sample_round(turn: int, samples: Samples) -> None:
+        earlier = probe()
         for name in shuffled.sample(names, len(names)):
             if turn % EVERY == 0 or name not in slow:
-                samples[name].append(_sample(candidates[name], repeat[name], settle[name]))
+                seconds, later = _sample(candidates[name], repeat[name], settle[name]), probe()
+                samples[name].append(Sample(seconds, worse(earlier, later)))
+                earlier = later
 
     blocks: list[Block] = []
     start = time.perf_counter()

@@ -1,9 +1,11 @@
 // What fastbn is measured against, as a C library for native.py:
 //   copy_plain, copy_stream   one read and one write of so many bytes: the memory limit of this machine
+//   probe                     how fast its cores compute just now, and how far apart they are
 //   norm_*                    oneDNN's batch normalization, where it is installed (-DWITH_ONEDNN)
 
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -60,6 +62,38 @@ void copy_stream(const char* from, char* to, long bytes) {
 #else
     copy_plain(from, to, bytes);
 #endif
+}
+
+// pulse: seconds that the slowest thread takes for as many instructions as a core can do at once.
+// hop: seconds from one thread's store to the other's load of it; 0 unless there are two.
+void probe(double* pulse, double* hop) {
+    constexpr int passes = 200;
+    const int threads = omp_get_num_procs();
+    alignas(64) std::atomic<int> ball{0};
+    double slowest = 0, apart = 0;
+#pragma omp parallel num_threads(threads) reduction(max : slowest, apart)
+    {
+        long sums[8] = {};
+        double begin = omp_get_wtime();
+        for (long i = 0; i < 8000; i++)
+#pragma GCC unroll 8
+            for (long& sum : sums) {
+                sum += i;
+                __asm__ volatile("" : "+r"(sum));
+            }
+        slowest = omp_get_wtime() - begin;
+#pragma omp barrier
+        if (threads == 2 && omp_get_num_threads() == 2) {
+            begin = omp_get_wtime();
+            for (int i = omp_get_thread_num(); i < passes; i += 2) {
+                while (ball.load(std::memory_order_acquire) != i) {}
+                ball.store(i + 1, std::memory_order_release);
+            }
+            apart = (omp_get_wtime() - begin) / passes;
+        }
+    }
+    *pulse = slowest;
+    *hop = apart;
 }
 
 }  // extern "C"
