@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from copies import copy_tree
+from copies import build_extension, copy_tree
 
 PACKAGES = (
     *("libc6", "libgcc-s1", "libstdc++6", "libgomp1", "zlib1g", "libexpat1", "libffi8", "libssl3", "libsqlite3-0"),
@@ -70,17 +70,6 @@ def unpack(folder: Path) -> None:
     (folder / "done").touch()
 
 
-def build(package: Path, root: Path) -> None:
-    """Cross-compile the extension, with the options of setup.py."""
-    for old in (*package.glob("*.so"), *package.glob("_kernels.c")):
-        old.unlink()
-    run(sys.executable, "-m", "cython", "-3", "_kernels.pyx", cwd=package)
-    includes = [f"-I{root / 'usr/include/python3.11'}", f"-I{root / 'usr/include'}"]
-    options = ("-O3", "-g0", "-shared", "-fPIC", "-fopenmp", "-fwrapv")
-    output = "_kernels.cpython-311-aarch64-linux-gnu.so"
-    run("aarch64-linux-gnu-gcc", *options, *includes, "_kernels.c", "-o", output, cwd=package)
-
-
 def main() -> None:
     """Unpack, build and test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +84,14 @@ def main() -> None:
         tree = work / "tree"
         tree.mkdir()
         copy_tree(tree)
-        build(tree / "fastbn_ext", folder / "root")
+        headers = folder / "root/usr/include"
+        build_extension(
+            tree / "fastbn_ext",
+            "-fwrapv",
+            compiler="aarch64-linux-gnu-gcc",
+            include=(headers / "python3.11", headers),
+            suffix=".cpython-311-aarch64-linux-gnu.so",
+        )
         python = ("qemu-aarch64", "-L", folder / "root", folder / "root/usr/bin/python3.11")
         environment = {"PYTHONPATH": f"{tree}:{folder / 'site'}", "PYTHONHOME": str(folder / "root/usr")}
         run(*python, "-c", CHECK, cwd=tree, **environment)

@@ -14,19 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from copies import build_extension, copy_tree
+from copies import SOURCE, build_extension, copy_tree
 
-HEADERS = (
-    "common.h",
-    "channels.h",
-    "kernels.h",
-    "points.h",
-    "rows.h",
-    "output.h",
-    "columns.h",
-    "vectors.h",
-    "dispatch.h",
-)
+HEADERS = sorted(path.name for path in (SOURCE / "fastbn_ext").glob("*.h"))
 HOOK = "import coverage; coverage.process_startup()\n"
 
 

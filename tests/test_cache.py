@@ -15,8 +15,8 @@ pytest.importorskip("numba")
 
 from numba import types
 
-from fastbn.backends import _plan, numba_  # they import Numba
-from fastbn.backends._numba import buffers, cache, channels, compiler, job, prepare, vectors
+from fastbn.backends import _images, _plan, numba_  # they import Numba
+from fastbn.backends._numba import buffers, cache, channels, compiler, images, job, prepare, vectors
 
 
 @pytest.fixture
@@ -151,7 +151,9 @@ def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | 
         (job, '"eps"', '"momentum"'),
         (compiler, 'error_model="numpy"', 'error_model="python"'),
         (buffers, "icmp_unsigned", "icmp_signed"),
+        (prepare, 'error_model="numpy"', 'error_model="python"'),
         (_plan, "LANES = 16", "LANES = 8"),
+        (_images, "return 32", "return 64"),
         (channels, "(1.0 - factor) * mean", "(2.0 - factor) * mean"),
         (channels, "def update_running", "def update"),
     ),
@@ -161,14 +163,16 @@ def test_any_edit_of_what_kernels_are_made_of_is_seen(tmp_path, module, before, 
     assert changed(module, before, after, tmp_path) != cache.digest_of([module])
 
 
-def test_all_that_kernels_are_made_of_is_looked_at():
-    """Numba's compiler sees what stands in these modules, and nothing else of fastbn but empty arrays."""
-    own = {*numba_.SOURCES}
-    for module in own:
-        for name, value in vars(module).items():
+@pytest.mark.parametrize("module", (numba_, images))
+def test_all_that_kernels_are_made_of_is_looked_at(module):
+    """Numba's compiler sees what stands in these modules, and of what they use nothing else says what it makes."""
+    own, others = {*module.SOURCES}, {"_engine", "_merge", "cache", "parts"}
+    assert prepare in own
+    for source in own:
+        for name, value in vars(source).items():
             origin = inspect.getmodule(value) if callable(value) else None
             if origin and origin.__name__.startswith("fastbn") and origin not in own:
-                assert origin.__name__ == "fastbn._engine", f"{module.__name__} uses {name}"
+                assert origin.__name__.rpartition(".")[2] in others, f"{source.__name__} uses {name}"
 
 
 def test_numba_with_other_code_libraries_compiles_in_its_own_way(monkeypatch):

@@ -8,40 +8,45 @@ from typing import Any
 import numba
 import numpy as np
 from numba import config, types
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.np.numpy_support import from_dtype
 
 from fastbn._arrays import FLOATS
 from fastbn.backends import _plan
-from fastbn.backends._numba import buffers, channels, columns, compiler, job, kernel, output, points, rows, vectors
+from fastbn.backends._numba import (
+    buffers,
+    channels,
+    columns,
+    compiler,
+    job,
+    kernel,
+    output,
+    points,
+    prepare,
+    rows,
+    vectors,
+)
 from fastbn.backends._numba.cache import digest_of, file_name, folders, writable_folder
 from fastbn.backends._numba.compiler import FLAG, PARTS
 from fastbn.backends._numba.job import Job, kinds_of
 from fastbn.backends._numba.parts import Parts
-from fastbn.backends._numba.prepare import kept, layer, one_at_a_time, prepared
+from fastbn.backends._numba.prepare import kept, layer, once, one_at_a_time, prepared
 from fastbn.backends._operations import Operations
 from fastbn.backends._plan import LANES, Plan
 
 NAME = "numba"
 
 # All that kernels are compiled from.
-SOURCES = (channels, points, rows, output, columns, kernel, vectors, compiler, buffers, job, _plan)
+SOURCES = (channels, points, rows, output, columns, kernel, vectors, compiler, prepare, buffers, job, _plan)
 _SOURCE = digest_of(SOURCES)
 _THREADS = Plan._fields.index("threads")
 
 PARTS.sort(key=lambda each: each[0].__name__)  # whichever module came first: processes that help have the same order
 
 
-@functools.cache
+@once
 def _compiled(real: np.dtype[Any]) -> Any:
     """The kernel for this dtype: from the compile cache, or compiled now and put there if it can be written."""
-    with global_compiler_lock:  # other threads wait for it, instead of compiling it once more
-        return _compiled_once(real)
-
-
-@functools.cache
-def _compiled_once(real: np.dtype[Any]) -> Any:
     kinds = kinds_of(from_dtype(real))
     pointed = (
         buffers.Buffer(kind.dtype) if isinstance(kind, types.CPointer) else kind

@@ -18,17 +18,16 @@ import numpy as np
 from llvmlite import ir
 from numba import prange
 from numba.core import types
-from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 from numba.np.numpy_support import from_dtype
 
-from fastbn.backends import _plan
+from fastbn.backends import _images, _plan
 from fastbn.backends._images import HALF, INTEGERS, lanes
-from fastbn.backends._numba import buffers, compiler, vectors
+from fastbn.backends._numba import buffers, compiler, prepare, vectors
 from fastbn.backends._numba.buffers import Buffer
 from fastbn.backends._numba.cache import digest_of
 from fastbn.backends._numba.compiler import loop, point
-from fastbn.backends._numba.prepare import one_at_a_time, prepared
+from fastbn.backends._numba.prepare import once, one_at_a_time, prepared
 from fastbn.backends._numba.vectors import ahead_of, noinline, prefetch_later, scratch, team
 from fastbn.backends._plan import LONGEST_FOLD
 
@@ -380,44 +379,34 @@ def finished(total, squares, count):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _integers(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
-    if threads == 1:
-        for t in range(tasks):
-            integer_task(x, t, length, pieces, piece, width, tile, whole, part)
-    else:
-        before = team(threads)
-        for t in prange(tasks):
-            integer_task(x, t, length, pieces, piece, width, tile, whole, part)
-        team(before)
+def _kernel_over(task):
+    def kernel(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
+        if threads == 1:
+            for t in range(tasks):
+                task(x, t, length, pieces, piece, width, tile, whole, part)
+        else:
+            before = team(threads)
+            for t in prange(tasks):
+                task(x, t, length, pieces, piece, width, tile, whole, part)
+            team(before)
+
+    return kernel
 
 
-def _floats(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
-    if threads == 1:
-        for t in range(tasks):
-            float_task(x, t, length, pieces, piece, width, tile, whole, part)
-    else:
-        before = team(threads)
-        for t in prange(tasks):
-            float_task(x, t, length, pieces, piece, width, tile, whole, part)
-        team(before)
+# All that kernels are compiled from.
+SOURCES = (sys.modules[__name__], vectors, compiler, prepare, buffers, _plan, _images)
+_SOURCE = digest_of(SOURCES)
 
 
-_SOURCE = digest_of((sys.modules[__name__], vectors, compiler, buffers, _plan))
-
-
-@functools.cache
-def _compiled(name: str, dtype: np.dtype[Any]) -> Any:
+@once
+def _compiled(dtype: np.dtype[Any]) -> Any:
     """The kernel for this dtype: from the compile cache, or compiled now and put there if it can be written."""
     real = types.uint16 if dtype == HALF else from_dtype(dtype)
-    part = types.int64 if name == "integers" else types.float64
+    integers = dtype in INTEGERS
+    task, part = (integer_task, types.int64) if integers else (float_task, types.float64)
     signature = types.void(*(types.intp,) * 7, types.boolean, Buffer(real), Buffer(part))
-    with global_compiler_lock:
-        return _compiled_once(name, dtype, signature)
-
-
-@functools.cache
-def _compiled_once(name: str, dtype: np.dtype[Any], signature: Any) -> Any:
-    function = prepared(globals()[f"_{name}"], f"{name}-{dtype}", _SOURCE, signature, parallel=True)
+    name = f"{'integers' if integers else 'floats'}-{dtype}"
+    function = prepared(_kernel_over(task), name, _SOURCE, signature, parallel=True)
     return one_at_a_time(function, lambda arguments: arguments[0])
 
 
@@ -429,6 +418,4 @@ def _has_half() -> bool:
 
 def kernel_of(dtype: np.dtype[Any]) -> Any:
     """The kernel for arrays of a dtype, which takes a `Cut` and leaves what the tasks find; None if there is none."""
-    if dtype in INTEGERS:
-        return _compiled("integers", dtype)
-    return _compiled("floats", dtype) if dtype != HALF or _has_half() else None
+    return _compiled(dtype) if dtype != HALF or _has_half() else None

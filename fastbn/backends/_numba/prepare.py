@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -25,6 +26,18 @@ if hasattr(os, "register_at_fork"):  # a child of a thread that compiles would w
         after_in_parent=global_compiler_lock.release,
         after_in_child=global_compiler_lock.release,
     )
+
+
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`functools.cache` of what is compiled: other threads wait for it, instead of compiling it once more."""
+    made = functools.cache(make)
+
+    @functools.cache
+    def compiled(*arguments: Any) -> Any:
+        with global_compiler_lock:
+            return made(*arguments)
+
+    return compiled
 
 
 def prepared(
