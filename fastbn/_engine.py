@@ -124,7 +124,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def warmup() -> None:
-    """Prepare all kernels of the backend in force: Numba compiles them, or loads them from its cache on disk."""
+    """Prepare the kernels of all functions and layers: Numba compiles them, or loads them from its cache on disk.
+
+    Left out are those that measure images, one for each dtype and mostly not needed: `Moments` prepares one at the
+    first update with values of that dtype, which takes a second or two if it is not in the cache.
+    """
     kernels().warmup()
 
 
@@ -269,8 +273,9 @@ def cpu_features() -> str:
 
 
 def show_config() -> None:
-    """Print versions, backends, threads, CPU features and the compile cache's folder."""
+    """Print versions, backends, threads and their layer, CPU features, the pool's limit, the compile cache's folder."""
     from fastbn import __version__
+    from fastbn._memory import get_pool_limit
 
     backend = kernels()
     rows = [
@@ -281,6 +286,7 @@ def show_config() -> None:
         ("threads", f"{get_num_threads()} of {usable_cpus()} usable CPUs{' (a forked process)' if _forked else ''}"),
         ("CPU features", cpu_features()),
         ("CPU caches", f"L2 {cache_bytes(2) >> 10} KiB, L3 {cache_bytes(3) >> 10} KiB"),
+        ("output pool", f"at most {get_pool_limit() / 2**20:g} MiB"),
     ]
     for name, module in BACKENDS.items():
         missing = _why_not(name)

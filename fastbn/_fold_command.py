@@ -68,13 +68,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--check", action="store_true", help="run both models in ONNX Runtime on random inputs and compare the outputs"
     )
     models.add_argument(
-        "--inputs", type=Path, metavar="FILE.npz", help="check on these inputs too: one array for each input, by name"
+        "--inputs", type=Path, metavar="FILE.npz", help="check, on these inputs too: one array for each input, by name"
     )
     models.add_argument(
         "--tolerance",
         type=float,
         metavar="T",
-        help="largest difference that passes, in parts of the output's largest magnitude (default: 1e-4, "
+        help="check, and pass up to this difference, in parts of the output's largest magnitude (default: 1e-4, "
         "or 1e-2 with weights of 16 bits)",
     )
     models.add_argument(
@@ -82,7 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="NAME=1,3,224,224",
-        help="shape of a random input, where the model leaves it open; may be repeated",
+        help="check, with this shape of a random input where the model leaves it open; may be repeated",
     )
     checkpoints = parser.add_argument_group("checkpoints")
     checkpoints.add_argument(
@@ -95,7 +95,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--transposed", nargs="+", default=[], metavar="LAYER", help="those layers that are transposed convolutions"
     )
     checkpoints.add_argument(
-        "--eps", type=float, default=DEFAULT_EPS, help="eps of the batch norms (default: %(default)s)"
+        "--eps", type=float, help=f"eps of the batch norms (default: {DEFAULT_EPS})"
     )
     parser.set_defaults(run=run)
 
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fold_model(args: argparse.Namespace) -> int:
-    eps = args.eps != DEFAULT_EPS
-    _refuse_options(args, "an ONNX model", pairs=args.pairs, transposed=args.transposed, eps=eps)
+    eps_given = args.eps is not None
+    _refuse_options(args, "an ONNX model", pairs=args.pairs, transposed=args.transposed, eps=eps_given)
     output = _checked_output(args)
     from fastbn import onnx
 
@@ -223,7 +223,7 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _print_model_report(result: FoldResult, check: Mapping[str, Any] | None, written: Path | None) -> None:
-    table = _table("batch norm", "behind", "", "reason", "|scale|", "tiny var", "zero weight", numbers=3)
+    table = _table("batch norm", "behind", "result", "reason", "|scale|", "tiny var", "zero weight", numbers=3)
     for entry in result.report:
         table.add_row(*map(str, _model_row(entry)))
     _print(table if result.report else "no BatchNormalization in this model")
@@ -276,7 +276,8 @@ def _fold_checkpoint(args: argparse.Namespace) -> int:
         transposed = [name for name in transposed if name in paired or f"{name}.weight" not in state]
     else:
         pairing = Pairing([_parse_pair(text) for text in args.pairs])
-    folded = fold_state_dict(state, pairing.pairs, eps=args.eps, transposed=transposed)
+    eps = DEFAULT_EPS if args.eps is None else args.eps
+    folded = fold_state_dict(state, pairing.pairs, eps=eps, transposed=transposed)
     if output is not None:
         with tempfile.TemporaryDirectory(prefix=".fastbn-fold-", dir=output.parent) as aside:
             path = Path(aside) / output.name
@@ -295,7 +296,7 @@ def _fold_checkpoint(args: argparse.Namespace) -> int:
         written = None if output is None else str(output)
         _print_json({"input": str(args.input), "output": written, **totals, "report": report, "check": None})
     else:
-        table = _table("batch norm", "", "reason")
+        table = _table("batch norm", "result", "reason")
         for entry in report:
             into = f"folded -> {entry['into']}" if entry["folded"] else "kept"
             table.add_row(entry["name"], into, "" if entry["folded"] else f"unpaired: {entry['sentence']}")

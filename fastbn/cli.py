@@ -135,7 +135,12 @@ def _integer(text: str, low: int, high: int | None) -> int:
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("info", help="print versions, backends, threads and the compile cache's folder")
+    parser = commands.add_parser(
+        "info",
+        help="print versions, backends, threads and the compile cache's folder",
+        description="Print versions, backends and whether they can be used, threads, CPU features and caches, the "
+        "limit of the output pool, and the compile cache's folder.",
+    )
     parser.set_defaults(run=_info)
 
 

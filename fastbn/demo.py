@@ -438,10 +438,10 @@ def summary(images: Images, with_norm: Run, without: Run, original: Deployed, fo
         Column(with_norm.title, justify="right"),
         Column(without.title, justify="right"),
         title=f"{images.name}: {sizes}",
-        caption=f"{fastbn.get_backend()} backend, {fastbn.get_num_threads()} threads; learning rate {LEARNING_RATE}",
+        caption=f"{fastbn.get_backend()} backend, threads: {fastbn.get_num_threads()}; learning rate: {LEARNING_RATE}",
     )
     runs = (with_norm, without)
-    table.add_row("test accuracy, training", *(f"{run.final_accuracy:.1%}" for run in runs))
+    table.add_row("test accuracy, after training", *(f"{run.final_accuracy:.1%}" for run in runs))
     table.add_row(f"steps to {TARGET:.0%}", *(str(run.steps_to_target or f"not in {len(run.losses)}") for run in runs))
     table.add_row("time of a step", *(f"{1e3 * run.seconds / len(run.losses):.1f} ms" for run in runs))
     table.add_row("share of batch norm, ReLU, skip", *(f"{run.norm_seconds / run.seconds:.0%}" for run in runs))

@@ -273,7 +273,7 @@ class _BatchNorm:
     @activation.setter
     def activation(self, activation: Activation) -> None:
         self._slope = slope_of(activation)
-        self._activation = activation if isinstance(activation, str | None) else (activation[0], activation[1])
+        self._activation = _kept(activation)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -571,7 +571,7 @@ class ScaleShift:
             ("scale", rounded[4]),
             ("shift", rounded[5]),
             ("axis", integer(axis, "axis")),
-            ("activation", activation),
+            ("activation", _kept(activation)),
         ):
             object.__setattr__(self, name, value)
 
@@ -617,6 +617,11 @@ def slope_of(activation: Activation) -> float:
             if math.isfinite(number := real(slope, "the slope of leaky_relu")):
                 return number
     raise ValueError(f"activation must be None, 'relu' or ('leaky_relu', slope), got {described(activation)}")
+
+
+def _kept(activation: Activation) -> Activation:
+    """An activation that has a slope, as nobody can change it."""
+    return activation if isinstance(activation, str | None) else (activation[0], activation[1])
 
 
 def _positive_integer(value: Any, name: str) -> int:

@@ -44,6 +44,13 @@ def test_info_with_an_impossible_environment():
     assert result.stderr.count("\n") == 1
 
 
+def test_info_with_an_impossible_pool():
+    result = run("info", env=os.environ | {"FASTBN_POOL_LIMIT": "much"})
+    assert result.returncode == 2
+    assert result.stderr.startswith("fastbn info: error: FASTBN_POOL_LIMIT must be a number of bytes")
+    assert "output pool" in run("info").stdout
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     (

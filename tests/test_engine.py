@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 
@@ -149,3 +150,12 @@ def test_show_config(capsys):
     if "numba" in fastbn.available_backends():
         for word in ("threading layer", "CPU features", "cache"):
             assert word in shown
+
+
+def test_show_config_names_a_threading_layer_before_anything_ran():
+    if "numba" not in fastbn.available_backends():
+        pytest.skip("needs numba")
+    layer = r"threading layer: (omp|tbb|workqueue),"
+    assert re.search(layer, python("import fastbn; fastbn.show_config()").stdout)
+    shown = python("import fastbn; fastbn.show_config()", NUMBA_THREADING_LAYER="none").stdout
+    assert "threading layer: none (" in shown

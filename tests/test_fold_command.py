@@ -237,6 +237,7 @@ def one_line(capsys):
         (["model.onnx", "-o", "folder"], "folder: is a folder"),
         (["model.onnx", "-o", "pipe"], "pipe: is not a regular file"),
         (["model.onnx", "--eps", "0.1"], "to which --eps does not apply"),
+        (["model.onnx", "--eps", "1e-5"], "to which --eps does not apply"),
         (["model.onnx", "--inputs", "damaged.npz"], "damaged.npz is not an .npz file"),
         (["model.onnx", "--check", "--tolerance", "nan"], "--tolerance must be finite"),
         (["model.onnx", "--check", "--tolerance", "-1"], "--tolerance must be finite"),

@@ -507,6 +507,11 @@ def test_an_activation_is_kept_as_it_was():
     given[1] = 0.9
     x = np.full((2, 3), -1.0)
     assert_close(bn.eval()(x), bn.fold()(x))
+    given[1] = 0.1
+    deployed = fastbn.ScaleShift(np.ones(3), np.zeros(3), activation=given)
+    given[1] = 0.9
+    assert deployed.activation == ("leaky_relu", 0.1)
+    assert_close(pickle.loads(pickle.dumps(deployed))(x), deployed(x))
 
 
 @pytest.mark.parametrize(

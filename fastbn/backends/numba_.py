@@ -86,7 +86,7 @@ def _most_threads() -> int:
 
 
 def warmup() -> None:
-    """Compile every kernel, or load it from the compile cache."""
+    """Compile the kernel of each dtype, or load it from the compile cache; those of `images` wait for their dtype."""
     for dtype in FLOATS:
         _compiled(dtype)
 
@@ -114,8 +114,12 @@ backward, gradient_sums, gradient_apply = (
 def describe() -> list[tuple[str, str]]:
     """What `show_config` says about this backend."""
     folder = writable_folder()
+    try:
+        threading = layer()
+    except ValueError as error:
+        threading = f"none ({' '.join(str(error).split())})"
     cache = str(folder) if folder else f"none, for {' and '.join(map(str, folders()))} cannot be written"
     return [
-        ("Numba", f"{numba.__version__}, threading layer: {layer()}, at most {config.NUMBA_NUM_THREADS} threads"),
+        ("Numba", f"{numba.__version__}, threading layer: {threading}, at most {config.NUMBA_NUM_THREADS} threads"),
         ("compile cache", cache if _SOURCE else "none, for the kernels' code cannot be read again"),
     ]

@@ -75,8 +75,6 @@ def one_at_a_time(function: Any, threads_of: Callable[[tuple[Any, ...]], int]) -
 
 
 def layer() -> str:
-    """Numba's threading layer, once a parallel kernel has been compiled or loaded."""
-    try:
-        return str(numba.threading_layer())
-    except ValueError:
-        return "not started"
+    """Numba's threading layer, which starts here if it has not; raises ValueError where there is none."""
+    numba.get_num_threads()
+    return str(numba.threading_layer())
