@@ -1,11 +1,12 @@
 """Benchmarks: fastbn beside PyTorch, JAX, oneDNN and the fastest copy of the same bytes.
 
-pip install --group bench -e .
+pip install --group dev -e .
 python -m bench                 measure everything, store bench/results/kernels.json, then report
 python -m bench -k 56x56        measure some of it and print it (arguments are pytest's)
 python -m bench.report          stored figures -> README table, bench/results/README.md and picture
 
-The rest is run in the same way, each for a table of its own: bench.folding, image_statistics, ranks, numerics.
+The rest is run in the same way, each for a table of its own: bench.folding, bench.image_statistics, bench.ranks and
+bench.numerics.
 """
 
 import sys

@@ -93,10 +93,12 @@ def set_backend(name: str) -> None:
 
     Raises
     ------
-    ValueError
-        If the name is unknown.
+    TypeError, ValueError
+        If the name is no string, or unknown.
     RuntimeError
-        If this backend cannot be imported here. The choice in force stays.
+        If this backend cannot be imported here.
+
+    Whatever is raised, the choice in force stays.
     """
     global _default
     _default = _load(name)

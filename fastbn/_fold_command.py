@@ -94,9 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     checkpoints.add_argument(
         "--transposed", nargs="+", default=[], metavar="LAYER", help="those layers that are transposed convolutions"
     )
-    checkpoints.add_argument(
-        "--eps", type=float, help=f"eps of the batch norms (default: {DEFAULT_EPS})"
-    )
+    checkpoints.add_argument("--eps", type=float, help=f"eps of the batch norms (default: {DEFAULT_EPS})")
     parser.set_defaults(run=run)
 
 

@@ -168,7 +168,7 @@ def fold_scale_shift(
     Raises
     ------
     ValueError
-        Shapes that differ, eps negative or NaN, or ``var + eps`` not positive.
+        Shapes that differ, eps negative, infinite or NaN, or ``var + eps`` not positive.
     TypeError
         A dtype that is not floating.
     OverflowError

@@ -150,6 +150,11 @@ def batch_norm_forward(
         Like `x`.
     mean, invstd : (C,) array of float64
         The batch's mean and ``1 / sqrt(var + eps)`` with its biased variance.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `batch_norm` in training.
     """
     xv = view(_at_least_1d(floating(x)), axis)
     parameters = Parameters.of(*_weight_and_bias(weight, bias, xv.c))
@@ -192,6 +197,15 @@ def batch_norm_backward(
         Like `x`.
     dweight, dbias : (C,) array
         In weight's dtype, else in x's; computed whether or not a weight is given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `dy` has not x's shape and dtype, a vector is not (C,), or a dtype is not supported.
+
+    References
+    ----------
+    Ioffe and Szegedy, 2015, as for `batch_norm`: section 3, the gradients of the transform.
     """
     xv = view(_at_least_1d(floating(x)), axis)
     norm = np.zeros((6, xv.c))
@@ -224,6 +238,11 @@ def scale_shift(x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, axis: int =
     -------
     array
         Like `x`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For wrong shapes, or a dtype that is not supported.
     """
     xv = view(_at_least_1d(floating(x)), axis)
     return _transform(xv, None, _norm_of(scale, shift, xv.c), 1.0, out)[0]
@@ -247,6 +266,11 @@ def moments(
     Returns
     -------
     Moments
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `Moments.update`.
     """
     array = _at_least_1d(floating(x, dtypes=MEASURED))
     channels = array.shape[channel_axis(axis, array.ndim)]

@@ -376,6 +376,8 @@ class _BatchNorm:
         ------
         ValueError
             Naming every missing, unexpected and misshapen key. The layer stays as it was.
+        TypeError
+            If `state` is no mapping.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
@@ -497,6 +499,11 @@ _PARAMETERS = """
     num_batches_tracked : int or None
     training : bool
 
+    Raises
+    ------
+    ValueError, TypeError
+        For a parameter out of range, or of another type. Attributes that are assigned are checked at the next call.
+
     Notes
     -----
     Normalisation uses the biased variance, the running variance takes the unbiased one, as in PyTorch. An empty batch
@@ -541,6 +548,11 @@ class ScaleShift:
         Of `scale` and `shift` as attributes.
     activation : None, "relu" or ("leaky_relu", slope)
         Applied after the shift.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `scale` and `shift` are not numbers of one shape (C,), or another parameter is not as said here.
     """
 
     __slots__ = ("_norm", "_slope", "activation", "axis", "scale", "shift")

@@ -56,6 +56,8 @@ class Moments:
     ------
     ValueError
         If a count or an m2 is negative, or the shapes are not two times (C,).
+    TypeError
+        If one of them is no number or array of numbers.
 
     References
     ----------
@@ -89,7 +91,18 @@ class Moments:
 
     @classmethod
     def empty(cls, num_channels: int) -> Moments:
-        """Moments of no values of `num_channels` channels."""
+        """Moments of no values of `num_channels` channels.
+
+        Parameters
+        ----------
+        num_channels : int
+            C, not negative.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no integer, or out of range.
+        """
         channels = integer(num_channels, "num_channels")
         if not 0 <= channels <= sys.maxsize:
             raise ValueError(f"num_channels must be from 0 to {sys.maxsize}, got {described(channels)}")
@@ -143,7 +156,13 @@ class Moments:
         return self.merge(added)
 
     def merge(self, other: Moments) -> Moments:
-        """Add the values that `other` stands for. Returns self."""
+        """Add the values that `other` stands for. Returns self.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `other` is something else than `Moments`, or of another number of channels.
+        """
         if not isinstance(other, Moments):
             raise TypeError(f"only Moments can be merged, got {type(other).__name__}")
         self._check_channels(len(other.mean))
@@ -156,13 +175,19 @@ class Moments:
         return Moments.empty(len(self.mean)).merge(self).merge(other)
 
     def var(self, ddof: float = 0) -> Array:
-        """Variance of each channel, ``m2 / (count - ddof)``; NaN where there are not more than `ddof` values."""
+        """Variance of each channel, ``m2 / (count - ddof)``, float64 (C,); NaN where no more than `ddof` values count.
+
+        Parameters
+        ----------
+        ddof : float
+            0 for the biased variance, 1 for the unbiased one.
+        """
         with np.errstate(all="ignore"):
             degrees = np.asarray(self.count - real(ddof, "ddof"), np.float64)
             return np.where(degrees > 0, self.m2 / degrees, np.nan)
 
     def std(self, ddof: float = 0) -> Array:
-        """Square root of `var`."""
+        """Square root of `var` with this `ddof`, float64 (C,)."""
         return np.sqrt(self.var(ddof))
 
     def save(self, file: str | os.PathLike[str] | IO[bytes]) -> None:

@@ -1,5 +1,5 @@
 /* What all value types and instruction sets share: a call's arguments, and how a tensor is cut. The constants are those of
-   fastbn/backends/_plan.py. */
+   fastbn/backends/_plan.py and of the modules in _numba whose functions use them. */
 
 #ifndef FASTBN_COMMON_H
 #define FASTBN_COMMON_H

@@ -1,4 +1,4 @@
-/* The kernels of one value type and one instruction set: the twins of those in fastbn/backends/_numba, file by file, where
+/* The kernels of one value type and one instruction set: with common.h the twins of those in fastbn/backends/_numba, where
    the design is written down. both_types.h includes this file once for each pair; below are the phases and what comes
    between them. */
 
