@@ -87,23 +87,24 @@ def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, fused, w
     out = job.y if what == OUTPUT else (job.dx if what == GRADIENT else job.dresidual)
     slope, signs = slope_of(job, kind), given(job.signs, kind == ANY)
     training = job.training if kind == ANY else True
+    two = what != OUTPUT or present(other)  # inputs: of dx it is known (in cache, 32x64x13x13: 3.6 to 3.2 ns a vector)
     nothing, end, q = like(load(x, at), -0.0), width - LANES, 0  # x + -0 is x
     i = to_line(out, at) if job.streaming else 0
     streaming = job.streaming and not (present(signs) and i > 0)
     i, edge = i if streaming else 0, width if columns == COLUMNS or what == RESIDUAL else length
     coefs = coefs_at(coef, pitch, ZERO, columns)
     if i:
-        added = load(other, at) if present(other) else nothing
+        added = load(other, at) if two else nothing
         z = value_of(load(x, at), added, coefs, slope, signs, word, training, what)
         store_where(out, at, foremost(i), z)
     while i <= end:
         while i <= edge - LANES:
             prefetch_onward(x, at + i, ahead, fused)
-            if present(other):
+            if two:
                 prefetch_onward(other, at + i, beyond, fused)
             if columns == COLUMNS:
                 coefs = coefs_at(coef, pitch, i, columns)
-            added = load(other, at + i) if present(other) else nothing
+            added = load(other, at + i) if two else nothing
             z = value_of(load(x, at + i), added, coefs, slope, signs, word + i // LANES, training, what)
             put(out, at + i, z, streaming)
             i += LANES
@@ -111,7 +112,7 @@ def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, fused, w
             q += 1
             following = coefs_at(coef, pitch, q, columns)
             if i < edge:
-                added, both = load(other, at + i) if present(other) else nothing, joined(coefs, following, edge - i)
+                added, both = load(other, at + i) if two else nothing, joined(coefs, following, edge - i)
                 z = value_of(load(x, at + i), added, both, slope, signs, word + i // LANES, training, what)
                 put(out, at + i, z, streaming)
                 i += LANES
@@ -121,7 +122,7 @@ def write_row(job, at, width, coef, pitch, length, word, ahead, beyond, fused, w
         rest = foremost(width - i)
         if columns == COLUMNS:
             coefs = coefs_at(coef, pitch, i, columns)
-        added = load_where(other, at + i, rest) if present(other) else nothing
+        added = load_where(other, at + i, rest) if two else nothing
         z = value_of(load_where(x, at + i, rest), added, coefs, slope, signs, word + i // LANES, training, what)
         store_where(out, at + i, rest, z)
 
