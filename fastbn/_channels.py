@@ -34,11 +34,16 @@ class Parameters(NamedTuple):
     ) -> Self:
         """The vectors themselves where they share a dtype, else float64 copies."""
         vectors: tuple[Array | None, ...] = (weight, bias, running_mean, running_var)
-        itemsizes = [vector.itemsize for vector in vectors if vector is not None]
-        wide = 8 in itemsizes
-        if wide and 4 in itemsizes:
+        wide = narrow = False
+        for vector in vectors:
+            if vector is not None:
+                if vector.itemsize == 8:
+                    wide = True
+                else:
+                    narrow = True
+        if wide and narrow:
             vectors = tuple(None if vector is None else vector.astype(np.float64) for vector in vectors)
-        return cls._make((*vectors, wide))
+        return tuple.__new__(cls, (*vectors, wide))  # 0.4 us, with a list of sizes and `_make` 0.65
 
 
 def finish_statistics(count: float, mean: Array, m2: Array, parameters: Parameters, eps: float) -> Array:
