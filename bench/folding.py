@@ -29,6 +29,7 @@ from onnx_models import light_model
 
 import fastbn.onnx
 from bench import stored
+from bench.stored import markdown
 from fastbn._onnx_compare import RunError, compare, input_shapes, random_inputs, required_inputs, run
 from fastbn._onnx_graph import OLD_IR, bodies
 
@@ -214,12 +215,6 @@ def measure() -> dict[str, object]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Lay out a Markdown table: words on the left, figures on the right."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def gains_table(results: dict) -> str:
     heads = [
         f"ms an image, {results['threads']} threads",
@@ -237,7 +232,7 @@ def gains_table(results: dict) -> str:
             original, folded = row[level]["original"], row[level]["folded"]
             cells += [f"{original:.1f}", f"{folded:.1f}", f"{original / folded:.2f}x"]
         rows.append([*cells, f"{row['fold_seconds']:.2f} s"])
-    return table([*heads, "folding took"], rows)
+    return markdown([*heads, "folding took"], rows)
 
 
 def tools_table(results: dict) -> str:
@@ -256,7 +251,7 @@ def tools_table(results: dict) -> str:
         cells = [f"{verdicts[name]['folded']}{' (spoilt)' if name in bad else ''}" for name in NETWORKS]
         title = tool if tool == "fastbn" else f"{tool} {results['versions'][tool]}"
         rows.append([title, *cells, str(good), str(len(bad)), "each" if tool == "fastbn" else "none"])
-    return table(["batch norms folded", *heads], rows)
+    return markdown(["batch norms folded", *heads], rows)
 
 
 def tables(results: dict) -> str:

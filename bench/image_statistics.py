@@ -17,7 +17,7 @@ import numpy as np
 
 import fastbn
 from bench import stored
-from bench.report import markdown
+from bench.stored import markdown
 
 BYTES = 100 << 20
 ROUNDS = 15

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import stored
+from bench.stored import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS = (64, 256, 1024, 2048)
@@ -100,12 +101,6 @@ def model(results: dict) -> tuple[float, float]:
     return float(alpha), float(beta)
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Lay out a Markdown table: words on the left, figures on the right."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def tables(results: dict) -> str:
     ranks = results["ranks"]
     names = [f"{n} rank{'s' * (n != '1')}{' (oversubscribed)' * row['oversubscribed']}" for n, row in ranks.items()]
@@ -126,7 +121,7 @@ def tables(results: dict) -> str:
         f"{results['cpus']} processors, load {results['load']:.1f} before. Model of one machine's shared memory, "
         f"fitted to 2 ranks and more: {alpha:.1f} us * log2(P) + {1e3 * beta:.3f} ns * (P - 1) * bytes."
     )
-    return "\n\n".join((table(["step of 32 samples a rank, ms", *names], steps), table(heads, collectives), said))
+    return "\n\n".join((markdown(["step of 32 samples a rank, ms", *names], steps), markdown(heads, collectives), said))
 
 
 if __name__ == "__main__":

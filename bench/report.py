@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-STORED = RESULTS / "kernels.json"
+from bench.stored import RESULTS, markdown, path_of
+
+STORED = path_of("kernels")
 TABLES = RESULTS / "README.md"
 PICTURE = RESULTS / "share.png"
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -106,13 +107,6 @@ class Stored:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table with words on the left and figures on the right."""
-    heads = list(heads)
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def number(value: float | None) -> str:

@@ -1,10 +1,10 @@
-"""What scripts that measure for a table have in common: measure and store, or take what is stored; print the table."""
+"""What scripts that measure for a table have in common: measure and store, or take what is stored; make the table."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ def path_of(name: str) -> Path:
 def load(name: str) -> Any:
     """Those results."""
     return json.loads(path_of(name).read_text(encoding="utf-8"))
+
+
+def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table with words on the left and figures on the right."""
+    heads = list(heads)
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main(doc: str | None, name: str, measure: Callable[[], Any], tables: Callable[[Any], str]) -> None:

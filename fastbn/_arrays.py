@@ -160,6 +160,13 @@ def view(x: Array, axis: int) -> View:
     return View(x, *_sizes(x.shape, axis))
 
 
+def wrong_channels(expected: int, axis: int, got: View) -> ValueError:
+    """The error for an input of another number of channels."""
+    return ValueError(
+        f"expected {expected} channels on axis {axis}, got {got.c} in an input of shape {got.array.shape}"
+    )
+
+
 def flat(x: Array) -> Array:
     """Values of a dense array in memory order, as a view; a matrix would stay one."""
     x = np.asarray(x)

@@ -26,6 +26,7 @@ from fastbn._arrays import (
     real,
     truth,
     view,
+    wrong_channels,
 )
 from fastbn._channels import Parameters, fold, update_running
 from fastbn._comm import BACKWARD, Detour, Inputs, Ranks, ranks_of
@@ -128,10 +129,7 @@ class _BatchNorm:
                 raise ValueError(f"expected {expected} input (got {array.ndim}D input)")
             xv = view(array, self.axis)
             if xv.c != self.num_features:
-                raise ValueError(
-                    f"expected {self.num_features} channels on axis {self.axis}, "
-                    f"got {xv.c} in an input of shape {array.shape}"
-                )
+                raise wrong_channels(self.num_features, self.axis, xv)
             parameters = self._parameters()
             if type(self.momentum) is not float:
                 self.momentum = _momentum(self.momentum)
@@ -592,10 +590,7 @@ class ScaleShift:
         array = floating(x)
         xv = view(array, self.axis)
         if xv.c != len(self.scale):
-            raise ValueError(
-                f"expected {len(self.scale)} channels on axis {self.axis}, "
-                f"got {xv.c} in an input of shape {array.shape}"
-            )
+            raise wrong_channels(len(self.scale), self.axis, xv)
         return F._transform(xv, residual, self._norm, self._slope, out, keep_signs=False)[0]
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -26,6 +26,7 @@ from fastbn._arrays import (
     same_layout,
     view,
     writable_in_place,
+    wrong_channels,
 )
 from fastbn._channels import Parameters, finish_gradient, finish_statistics
 from fastbn._engine import kernels
@@ -74,10 +75,7 @@ class _Variant(_BatchNorm):
             raise ValueError(f"expected input of at least 2 dimensions (got {array.ndim}D input)")
         xv = view(array, self.axis)
         if xv.c != self.num_features:
-            raise ValueError(
-                f"expected {self.num_features} channels on axis {self.axis}, "
-                f"got {xv.c} in an input of shape {array.shape}"
-            )
+            raise wrong_channels(self.num_features, self.axis, xv)
         self.momentum = _momentum(self.momentum)
         forward = self._train if self._trains() else self._infer
         y, self._saved, self._detail = forward(xv, residual, out)

@@ -67,7 +67,7 @@ static void NAME(sum_gradients)(const Job *job, Index at, Index stride, Index ro
                                 Index pitch, Index word, Index words, double *s1, double *s2) {
 #define SUMS(kind, far) NAME(column_sums)(job, at, stride, rows, width, coef, pitch, word, words, s1, s2, kind, far)
     const int far = job->ahead != 0;
-    switch (gradient_kind(job)) {
+    switch (kind_to_sum(job)) {
     case PLAIN:
         if (far) SUMS(PLAIN, 1);
         else SUMS(PLAIN, 0); /* one test a vector takes 7 % more */

@@ -14,7 +14,7 @@
 
 enum { FUSED, REDUCE, APPLY, REDUCE_COLUMNS, APPLY_COLUMNS }; /* phases */
 enum { HIGH, LOW, SCALE, MEAN, A, B };                        /* rows of `coef` */
-enum { PLAIN, RELU, ACTIVATED, ADDED, SIGNED, ANY }; /* kinds: with ReLU, any activation, residual, it and ReLU; or any */
+enum { PLAIN, RELU, ACTIVATED, ADDED, SIGNED, ANY };          /* kinds: see kind_of */
 enum { OUTPUT, GRADIENT, RESIDUAL };                              /* what is written: y, dx, dresidual */
 enum { LINE = 64, BLOCK = 1 << 14, AHEAD = 128, STREAMS = 4, PIECE = BLOCK / STREAMS }; /* row nest */
 enum { SLAB = 1600, ROW = 16, MOST_CHANNELS = SLAB / ROW };                             /* values and channels of a run */
@@ -98,9 +98,9 @@ point Block block_to_reduce(const Job *job, Index b) {
 /* A row that no others are left to be read with has a stream in each quarter, which is of whole vectors. */
 point Index quarter_of(Index length) { return length / STREAMS / MOST_LANES * MOST_LANES; }
 
-/* How far away value i of a row of block k, of the q-th channel of a run, has what is AHEAD of it, where rows are read
-   STREAMS at a time from `row` on: AHEAD where i < turn, and `after` elsewhere. Behind the last channel it is in the next
-   rows. */
+/* How far ahead of value i of a row of block k, of the q-th channel of a run, to prefetch: AHEAD where i < turn, and `after`
+   from there on. The next channel's values follow in memory; but behind the last channel, a run goes on in its next STREAMS
+   rows, which are far away, if there are any. */
 point Ahead ahead_in(const Job *job, Run run, Block k, Index row, Index q) {
     const Index channels = run.c1 - run.c0, after = (STREAMS * job->channels - channels) * job->s + AHEAD;
     if (q < channels - 1 || k.column + k.length < job->s) return (Ahead){k.length, AHEAD};
@@ -186,17 +186,18 @@ point void sums_of(const Job *job, Index c0, Index count, Index b, double *first
         }
 }
 
-/* Kind of output, or of a gradient where there are signs. GCC leaves tests of what never changes in loops of many (inference
-   with a residual, in cache: 15 ns for 16 values, 6 so); LLVM does not. A ReLU needs one instruction where an activation
-   needs four (8x64x56x56, backward with it: 11.8 ns, 10.4 so). */
+/* Kind of output or of a gradient: PLAIN has neither a residual nor an activation, RELU and ACTIVATED have a ReLU or another
+   activation, ADDED has a residual, SIGNED one and a ReLU whose signs are kept; with ANY all of it is asked for. GCC leaves
+   tests of what never changes in loops of many (inference with a residual, in cache: 15 ns for 16 values, 6 so); LLVM does
+   not. A ReLU needs one instruction where an activation needs four (8x64x56x56, backward with it: 11.8 ns, 10.4 so). */
 point int kind_of(int added, double slope, int signs) {
     if (!added && !signs) return slope == 1 ? PLAIN : slope == 0 ? RELU : ACTIVATED;
     return added && slope == 1 ? ADDED : added && slope == 0 && signs ? SIGNED : ANY;
 }
-point int gradient_kind(const Job *job) { return kind_of(job->signs != 0, job->slope, job->signs != 0); }
+point int kind_to_sum(const Job *job) { return kind_of(job->signs != 0, job->slope, job->signs != 0); }
 point int kind_to_write(const Job *job, int backward) {
     if (!job->training) return ANY;
-    return backward ? gradient_kind(job) : kind_of(job->residual != 0, job->slope, job->signs != 0);
+    return backward ? kind_to_sum(job) : kind_of(job->residual != 0, job->slope, job->signs != 0);
 }
 point double slope_of(const Job *job, int kind) {
     return kind == PLAIN || kind == ADDED ? 1 : kind == RELU || kind == SIGNED ? 0 : job->slope;

@@ -173,7 +173,7 @@ static void NAME(block_gradients)(const Job *job, Run run, Index b) {
     const REAL *mean = (const REAL *)job->coef + MEAN * job->channels + run.c0;
     double *part = job->part + 2 * b * job->channels + run.c0;
     W dys[MOST_CHANNELS], dots[MOST_CHANNELS];
-    switch (gradient_kind(job)) {
+    switch (kind_to_sum(job)) {
     case PLAIN: NAME(sum_run)(job, run, b, mean, dys, dots, 1, PLAIN); break;
     case RELU: NAME(sum_run)(job, run, b, mean, dys, dots, 1, RELU); break;
     case ACTIVATED: NAME(sum_run)(job, run, b, mean, dys, dots, 1, ACTIVATED); break;

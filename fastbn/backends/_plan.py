@@ -16,10 +16,10 @@ D. Output that will not be found in cache again is *streamed* past it, so that a
    what fills the third-level cache; behind a reduction, whose runs are read from many places, from what fills half of
    it (Zen 4, 32 MiB, ns for 16 values on a thread, streamed and not: inference of 32x2048x7x7, 26 MB, 4.9 and 2.6, of
    32x64x56x56, 51 MB, 3.8 and 4.6; training 32x576x14x14, 29 MB, 5.9 and 7.2; both are alike at 35 and 20 MB).
-E. Where output is all there is to do, what comes next in memory is *prefetched* meanwhile (2 threads, inference, ns for
-   16 values on a thread: 32x512x28x28 on Zen 3 6.3 to 5.0, 32x256x56x56 on Zen 4 3.7 to 3.3), into all caches: on Zen 4
-   it takes longer than without where the nearest is left out (4.4). So it is where the work is split. After a reduction
-   its input is in the cache, and the next run's is asked for; within the cache all this only costs.
+E. A pass that only makes output *prefetches* its input from memory (2 threads, inference, ns for 16 values on a thread:
+   32x512x28x28 on Zen 3 6.3 to 5.0, 32x256x56x56 on Zen 4 3.7 to 3.3), into all caches: without the nearest it takes
+   longer than not at all (4.4). So does the output of split work. Output that follows its run's reduction has its input
+   in the cache, and prefetches what the next run will read. Within the cache nothing is prefetched: it only costs.
 F. Two threads that stream behind a reduction whose input the third-level cache has take *turns*: one writes while the
    other reads. A Zen 4 die writes to memory as fast from one core as from all (28 GB/s: 2.3 ns for 16 values in one
    thread, 4.6 each in two), but two that begin together also read together, and nothing is written meanwhile (ns for 16

@@ -41,11 +41,12 @@ I. A run's output goes backwards, row by row, after its reduction: what was read
    second-level cache, nothing; into the nearest cache too it costs up to 15 %). One channel's output in the same loop
    as the sums of the next was tried (Zen 3): 0 to 11 % less, and a second form of both loops. So was asking for the
    output's lines while sums are made, in the cache (Zen 4): nothing.
-J. Sums grow by fused multiply-adds by one, and values become float64 as they are loaded: on Zen, additions share their
-   units with conversions (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of gradients 4.4 to 1.97). A ReLU closes
-   behind the conversion, which AVX-512 does in the same instruction (Zen 4, in cache, 8x64x56x56, sums of gradients 3.3
-   to 2.7 ns, in C 3.5 to 2.6; 4096x64, 4.8 to 3.6, 4.4 to 3.7). A threshold of x for every channel was tried, compared
-   in float64 without the output's arithmetic: 2.2 as long as it need not change sides, else 2.6, and a search for it.
+J. A sum takes a value as ``fma(value, one, sum)``, and values become float64 as they are loaded: on Zen, conversions
+   share their units with additions but not with multiply-adds (Zen 3, sums of 16 values in cache: 1.96 to 1.35 ns, of
+   gradients 4.4 to 1.97). A ReLU's mask is applied to what has been converted, in one instruction of AVX-512 (Zen 4, in
+   cache, 8x64x56x56, sums of gradients 3.3 to 2.7 ns, in C 3.5 to 2.6; 4096x64, 4.8 to 3.6, 4.4 to 3.7). To compare x
+   with a threshold of its channel instead of computing the output again was tried: 2.2 ns if x always grows with the
+   output, 2.6 if it may fall, and a search for the exact threshold.
 K. Coefficients stay in registers: rows of neighbouring channels are written as one, and a vector that two of them
    share takes lanes from both. They were loaded for every column (inference in cache: 32x256x13x13 4.5 to 2.2 ns for 16
    values on a thread, 8x64x56x56 3.2 to 2.1), and sums kept for every column of short rows (training 8.2 to 5.5 ns).

@@ -32,7 +32,7 @@ from fastbn.backends._numba.vectors import (
 from fastbn.backends._plan import AHEAD, LANES
 
 CHUNK = 1024  # columns whose sums stay in L1 (32x14x14x1024 channels last, backward: 512 4.0 copies, 1024 3.0)
-COLUMN_STREAMS = 8  # rows of one array or two read at a time (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
+COLUMN_STREAMS = 8  # rows read at a time, four of each of two arrays (32x1024x14x14, backward: 16 4.0 copies, 8 3.2)
 WIDEST = 2 * CHUNK + LANES  # room for the sums of a chunk
 
 

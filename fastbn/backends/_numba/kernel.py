@@ -355,10 +355,10 @@ def kernel(
         apart(prepare, (job, backward, REDUCE))  # for the output too
     if not reduce and present(job.running_mean):
         apart(fold, (job,))
-    once = reduce and apply and not job.split
-    for step in range(0 if reduce else 1, 2 if apply and not once else 1):
+    fused = reduce and apply and not job.split
+    for step in range(0 if reduce else 1, 2 if apply and not fused else 1):
         if step == 0:
-            phase = FUSED if once else (REDUCE_COLUMNS if columns else REDUCE)
+            phase = FUSED if fused else (REDUCE_COLUMNS if columns else REDUCE)
         else:
             phase = APPLY_COLUMNS if columns else APPLY
         if backward or step:
@@ -374,5 +374,5 @@ def kernel(
             team(before)
         if last:
             apart(last_row, (job, backward, phase))
-        if step == 0 and not once:
+        if step == 0 and not fused:
             apart(finish_channels, (job, ZERO, job.channels, backward, apply))

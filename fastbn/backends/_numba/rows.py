@@ -118,12 +118,12 @@ def gathered(x, at, stride, streams, rest):
 
 
 @point
-def gathered_mask(signs, word, words, streams, bit):
-    """M of one sign of each of so many rows."""
-    gathered_bits = 0
+def gathered_bits(signs, word, words, streams, bit):
+    """One sign of each of so many rows, in one word."""
+    found = 0
     for r in range(streams):
-        gathered_bits |= (signs[word + r * words] >> bit & 1) << r
-    return mask_of(np.uint16(gathered_bits))
+        found |= (signs[word + r * words] >> bit & 1) << r
+    return np.uint16(found)
 
 
 @point
@@ -134,10 +134,10 @@ def quarter_of(length):
 
 @point
 def ahead_in(job, c0, c1, c, row, column, length):
-    """(turn, after): how far away value i of a row of channel c has what is AHEAD of it.
+    """(turn, after): how far ahead of value i of a row of channel c to prefetch.
 
-    It is AHEAD where ``i < turn``, and `after` elsewhere; rows are read STREAMS at a time, from `row` on. Behind the
-    last channel of a run it is in the next rows.
+    That is AHEAD where ``i < turn``, and `after` from there on. The next channel's values follow in memory; but behind
+    the last channel of a run, a run goes on in its next STREAMS rows, which are far away, if there are any.
     """
     if c < c1 - 1 or column + length < job.s:
         return length, AHEAD
@@ -209,7 +209,7 @@ def row_gradients(job, c, rows, streams, length, far, mean, sum_dy, dot, kind):
         value, g = gathered(x, begin + i, stride, streams, nothing), gathered(dy, begin + i, stride, streams, nothing)
         if slope != 1.0:
             if present(signs):
-                opened = gathered_mask(signs, word + bit // LANES, words, streams, bit % LANES)
+                opened = mask_of(gathered_bits(signs, word + bit // LANES, words, streams, bit % LANES))
             else:
                 opened = signs_of(value, high, scale, low)
             g = activated(g, opened, slope)

@@ -297,7 +297,7 @@ def prefetch_later(typing, x, i):
 
 @intrinsic
 def prefetch_part(typing, x, i):
-    """Ask for the line of ``x[i]``, which need not exist, to store a part of it, unless it begins there."""
+    """Prefetch the line of ``x[i]`` for a store to a part of it, unless it begins there; `i` may be the end of x."""
     make, build = _prefetching(x, 1, 3)
 
     def build_unless(context, builder, signature, args):
