@@ -181,7 +181,7 @@ def row(printed, name):
 
 def test_the_table_has_every_result(short_run):
     printed = short_run[1].stdout
-    accuracies = [float(cell.rstrip("%")) for cell in row(printed, "test accuracy, training")]
+    accuracies = [float(cell.rstrip("%")) for cell in row(printed, "test accuracy, after training")]
     assert accuracies[0] > 90
     assert accuracies[0] > accuracies[1] > 10
     steps, without = row(printed, "steps to 95%")
@@ -241,7 +241,7 @@ def test_own_images(tmp_path, capsys, dtype):
     assert main(["demo", "--data", str(data), "--epochs", "8", "--backend", "numpy", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "mine.npz: 48 to train, 12 to test, 3 classes" in printed
-    assert float(row(printed, "test accuracy, training")[0].rstrip("%")) > 90
+    assert float(row(printed, "test accuracy, after training")[0].rstrip("%")) > 90
     assert {path.name for path in tmp_path.iterdir()} == {"mine.npz", "demo.png", "original.onnx", "folded.onnx"}
 
 
