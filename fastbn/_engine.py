@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ BACKENDS = {
 
 # The process-wide choice, resolved at first use, and the one of a `use_backend` block (own to its thread or task).
 _default: Any = None
+_choosing = threading.Lock()
 _override: ContextVar[Any] = ContextVar("fastbn_backend", default=None)
 _num_threads = 0  # 0: not resolved yet
 _one_thread: ContextVar[bool] = ContextVar("fastbn_one_thread", default=False)
@@ -40,8 +42,10 @@ def kernels() -> Any:
 def _resolve_default() -> Any:
     global _default
     chosen = os.environ.get("FASTBN_BACKEND", "").strip()
-    _default = _load(chosen, "FASTBN_BACKEND: ") if chosen else _first_available()
-    return _default
+    found = _load(chosen, "FASTBN_BACKEND: ") if chosen else _first_available()
+    with _choosing:  # meanwhile, which may be seconds, another thread may have said what it wants
+        _default = _default or found
+        return _default
 
 
 def _load(name: str, context: str = "") -> Any:
@@ -101,7 +105,9 @@ def set_backend(name: str) -> None:
     Whatever is raised, the choice in force stays.
     """
     global _default
-    _default = _load(name)
+    backend = _load(name)
+    with _choosing:
+        _default = backend
 
 
 def get_backend() -> str:
@@ -233,7 +239,9 @@ _forked = _forked_from_threads()
 
 
 def _after_fork_in_child() -> None:
-    global _forked
+    """Another thread of the parent may have held the lock."""
+    global _choosing, _forked
+    _choosing = threading.Lock()
     _forked = True
 
 

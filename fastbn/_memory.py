@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -27,8 +29,10 @@ _limit: int | None = None
 
 def empty_like(x: Array) -> Array:
     """Uninitialised array of the shape, dtype and memory order of `x`, which is dense."""
-    if x.nbytes < SMALLEST or x.nbytes > get_pool_limit():
+    if x.nbytes < SMALLEST:
         return np.empty_like(x)
+    if x.nbytes > get_pool_limit():
+        return _made(lambda: np.empty_like(x))
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     flat = _take(x.nbytes).view(x.dtype)
     return flat.reshape([x.shape[i] for i in order]).transpose(np.argsort(order))
@@ -41,10 +45,20 @@ def _take(nbytes: int) -> Array:
         block = _taken_out(size)
         if block is None:
             _drop(get_pool_limit() - size)
-            block = np.empty(size, np.uint8)
+            block = _made(lambda: np.empty(size, np.uint8))
         _blocks.append(block)
         start = -block.__array_interface__["data"][0] % LINE
         return block[start : start + nbytes]
+
+
+def _made(make: Callable[[], Array]) -> Array:
+    """A new array; where there is no memory left for it, in what the pool gives back."""
+    try:
+        return make()
+    except MemoryError:
+        if not release_pool():
+            raise
+        return make()
 
 
 def _taken_out(size: int) -> Array | None:
@@ -53,7 +67,7 @@ def _taken_out(size: int) -> Array | None:
     while i < len(_blocks):
         if size <= _blocks[i].size <= size + size // 4:
             block = _blocks.pop(i)
-            if _references(block) == _ALONE:
+            if _references(block) == _ALONE and not weakref.getweakrefcount(block):
                 return block
             _blocks.insert(i, block)
         i += 1

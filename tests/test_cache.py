@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +101,16 @@ def test_without_a_folder_it_is_compiled_each_time(folder, monkeypatch):
     (entry,) = (value for key, value in numba_.describe() if key == "compile cache")
     assert entry.startswith("none")
     assert entry.endswith("below cannot be written")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="caches of Linux; CI runs there, where a skipped test is a failure")
+@pytest.mark.parametrize("folders", ({"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "here"}, {"HOME": "here"}), ids=str)
+def test_nothing_in_the_working_directory_is_a_cache(folders, monkeypatch):
+    monkeypatch.setattr(cache.config, "CACHE_DIR", "")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in folders.items():
+        monkeypatch.setenv(name, value)
+    assert cache.folders() == [Path(cache.__file__).with_name("__pycache__")]
 
 
 def test_a_disk_that_is_full(folder, monkeypatch):

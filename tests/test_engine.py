@@ -12,6 +12,7 @@ from conftest import BACKENDS, CPUS
 from subprocesses import python
 
 import fastbn
+from fastbn import _engine
 
 
 @pytest.fixture
@@ -45,6 +46,27 @@ def test_use_backend_is_own_to_its_thread():
         thread.start()
         thread.join()
     assert seen == [fastbn.available_backends()[0]]
+
+
+@pytest.mark.usefixtures("keep_backend")
+def test_a_choice_made_while_another_thread_looks_for_the_default_stays(monkeypatch):
+    found, chosen = threading.Event(), threading.Event()
+
+    def slow():
+        found.set()
+        chosen.wait(10)
+        return "another"
+
+    monkeypatch.setattr(_engine, "_default", None)
+    monkeypatch.setattr(_engine, "_first_available", slow)
+    monkeypatch.delenv("FASTBN_BACKEND", raising=False)
+    thread = threading.Thread(target=_engine.kernels)
+    thread.start()
+    found.wait(10)
+    fastbn.set_backend("numpy")
+    chosen.set()
+    thread.join()
+    assert fastbn.get_backend() == "numpy"
 
 
 @pytest.mark.parametrize("choose", (fastbn.set_backend, lambda name: fastbn.use_backend(name).__enter__()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -118,6 +119,15 @@ def test_memory_that_pytorch_sees_is_never_handed_out(torch):
         assert_not_handed_out(hold)
 
 
+def test_memory_that_a_weak_reference_finds_is_not_handed_out():
+    y = shifted(1)
+    found = weakref.ref(y.base)
+    del y
+    other = shifted(2)
+    assert found() is not None
+    assert not np.shares_memory(found(), other)
+
+
 def test_memory_is_used_again_when_the_last_view_goes():
     y = shifted(1)
     first, held = address(y), [memoryview(y)[2:3], y[3:5].T]
@@ -216,6 +226,29 @@ def test_threads_never_get_each_other_s_memory():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize("values", (ZEROS, np.zeros((8, *SHAPE), np.float32)), ids=("pooled", "too large for that"))
+def test_memory_that_the_pool_keeps_is_given_back_before_there_is_none(values, monkeypatch):
+    fastbn.set_pool_limit(8 * MIB)
+    y = [shifted(by, 9) for by in range(3)]
+    del y
+    refused = []
+
+    def scarce(make):
+        def made(*arguments):
+            if _memory._blocks:
+                refused.append(arguments)
+                raise MemoryError
+            return make(*arguments)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(_memory.np, name, scarce(getattr(np, name)))
+        assert _memory.empty_like(values).shape == values.shape
+    assert len(refused) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from subprocesses import python
 
 pytest.importorskip("numba")
 
@@ -144,6 +145,57 @@ def test_no_process_is_left_by_an_interrupt():
         raise KeyboardInterrupt
     assert parts._others[0].poll() is not None
     assert not parts._folder.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="children do not learn there that their parent has gone")
+def test_a_process_that_is_left_alone_clears_up(tmp_path, monkeypatch):
+    parents = iter((1, 1, 2))
+    monkeypatch.setattr(f"{MODULE}.os.getppid", lambda: next(parents))
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    some().help_with(str(folder))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("last", ([], [("add_three", b"no library")]), ids=("missing", "spoilt"))
+def test_parts_are_loaded_all_or_not_at_all(last):
+    again = some()
+    with pytest.raises((ValueError, TypeError)):
+        again.load([*some().packed()[:2], *last])
+    assert not again.table.any()
+    again.finish()
+    assert sums(again) == [11, 12, 13]
+
+
+INTERRUPTED = """
+import fastbn.backends._numba.compiler as compiler
+
+make = compiler._part
+
+def interrupt(function):
+    if function.__name__ == "last_row":  # the last but one of its module
+        raise KeyboardInterrupt
+    return make(function)
+
+compiler._part = interrupt
+try:
+    import fastbn.backends.numba_
+except KeyboardInterrupt:
+    print("interrupted")
+compiler._part = make
+"""
+PLACES = """
+from fastbn.backends import numba_
+from fastbn.backends._numba import compiler
+print([function.__name__ for function, _ in compiler.parts_in_order()])
+"""
+
+
+def test_an_interrupted_import_is_taken_up_again():
+    """And every process has the same functions in the same places of a kernel's table."""
+    expected = python(PLACES).stdout.splitlines()
+    assert "last_row" in expected[0]
+    assert python(INTERRUPTED + PLACES).stdout.splitlines() == ["interrupted", *expected]
 
 
 def test_a_process_with_other_code_takes_nothing(tmp_path):

@@ -16,7 +16,7 @@ from numba.np.numpy_support import from_dtype
 from fastbn.backends._numba import job, output, rows
 first = job.Job(from_dtype(np.dtype(np.float32)))
 for part in rows.block_moments, output.apply_run:
-    signature = next((first, *kinds) for function, kinds in job.PARTS if function is part)
+    signature = next((first, *kinds) for function, kinds in job.parts_in_order() if function is part)
     part.compile(signature)
     print(part.inspect_asm(signature))
 """

@@ -27,7 +27,7 @@ from fastbn.backends._numba import (
     vectors,
 )
 from fastbn.backends._numba.cache import digest_of, file_name, folders, writable_folder
-from fastbn.backends._numba.compiler import FLAG, PARTS
+from fastbn.backends._numba.compiler import FLAG, parts_in_order
 from fastbn.backends._numba.job import Job, kinds_of
 from fastbn.backends._numba.parts import Parts
 from fastbn.backends._numba.prepare import kept, layer, once, one_at_a_time, prepared
@@ -40,8 +40,6 @@ NAME = "numba"
 SOURCES = (channels, points, rows, output, columns, kernel, vectors, compiler, prepare, buffers, job, _plan)
 _SOURCE = digest_of(SOURCES)
 _THREADS = Plan._fields.index("threads")
-
-PARTS.sort(key=lambda each: each[0].__name__)  # whichever module came first: processes that help have the same order
 
 
 @once
@@ -63,7 +61,7 @@ def _compiled(real: np.dtype[Any]) -> Any:
 
 def _parts_of(real: np.dtype[Any]) -> Parts:
     job = Job(from_dtype(real))
-    functions = [(function, (job, *kinds)) for function, kinds in PARTS]
+    functions = [(function, (job, *kinds)) for function, kinds in parts_in_order()]
     return Parts(
         functions, lambda folder: f"import {__name__} as n; n.help_with({real.name!r}, {folder!r}, {_key()!r})"
     )

@@ -38,10 +38,15 @@ _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO
 
 
 def folders() -> list[Path]:
-    """Where compiled kernels may lie: ``NUMBA_CACHE_DIR``, else beside the package, else with the user's caches."""
+    """Where compiled kernels may lie: ``NUMBA_CACHE_DIR``, else beside the package, else with the user's caches.
+
+    Without a home, or with an ``XDG_CACHE_HOME`` that is no absolute path, the last would be in the working directory,
+    which may be anyone's: what lies there is not to be run.
+    """
     if config.CACHE_DIR:
         return [Path(config.CACHE_DIR)]
-    return [Path(__file__).with_name("__pycache__"), Path(AppDirs("fastbn", appauthor=False).user_cache_dir)]
+    user = Path(AppDirs("fastbn", appauthor=False).user_cache_dir)
+    return [Path(__file__).with_name("__pycache__"), *([user] if user.is_absolute() else [])]
 
 
 def writable_folder() -> Path | None:

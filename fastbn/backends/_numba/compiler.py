@@ -129,7 +129,9 @@ point = _function(forceinline=True, **_into(_Fragment))
 
 INDEX, FLAG = types.intp, types.boolean  # arguments of parts
 ZERO, ONE = map(np.intp, range(2))  # as arguments: functions are compiled once more for literal ones
-PARTS: list[tuple[Any, tuple[Any, ...]]] = []  # functions, and the types of their arguments behind the job
+# By name, functions and the types of their arguments behind the job: a module whose import has been interrupted is
+# imported again, and its functions take the places of those that it has defined before.
+PARTS: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def part(*kinds):
@@ -137,7 +139,12 @@ def part(*kinds):
 
     def register(python):
         function = _part(python)
-        PARTS.append((function, kinds))
+        PARTS[python.__name__] = function, kinds
         return function
 
     return register
+
+
+def parts_in_order():
+    """Functions and types of all `PARTS`, in the order of the kernel's table: that of their names in every process."""
+    return [PARTS[name] for name in sorted(PARTS)]

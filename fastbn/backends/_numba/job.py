@@ -18,7 +18,7 @@ from numba.extending import (
     register_model,
 )
 
-from fastbn.backends._numba.compiler import PARTS
+from fastbn.backends._numba.compiler import parts_in_order
 from fastbn.backends._plan import Plan
 
 _I32 = ir.IntType(32)
@@ -29,7 +29,7 @@ _VALUES = ("x", "residual", "dy", "y", "dx", "dresidual", "coef")  # of x's dtyp
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")  # float64 if `wide`, else float32; or dweight, dbias
 _DOUBLES = ("stats", "grads", "part", "affine")
 
-# What a kernel is called with, behind the plan, and its table of `PARTS`.
+# What a kernel is called with, behind the plan, and its table of parts.
 ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1], "table")
 FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef", "writing")  # two lie behind the statistics, and behind `part`
 
@@ -89,9 +89,11 @@ def _set_field(context, builder, signature, args, name):
 
 @intrinsic
 def apart(typing, function, arguments):
-    """``function(*arguments)`` for one of the `PARTS`, the first of its arguments a job."""
-    (place,) = (i for i, (known, _) in enumerate(PARTS) if known is function.dispatcher)
-    job, kinds = arguments[0], (arguments[0], *PARTS[place][1])
+    """``function(*arguments)`` for one of the compiler's `PARTS`, the first of its arguments a job."""
+    ((place, kinds),) = (
+        (place, kinds) for place, (known, kinds) in enumerate(parts_in_order()) if known is function.dispatcher
+    )
+    job, kinds = arguments[0], (arguments[0], *kinds)
 
     def build(context, builder, signature, args):
         values = cgutils.unpack_tuple(builder, args[1])

@@ -8,7 +8,9 @@ process and 5.8 to 7.2 in two (Zen 3, 2 cores). Nothing is lost where there can 
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -91,10 +93,13 @@ class Parts:
                 self._compile(number)
 
     def help_with(self, folder: str) -> None:
-        """Compile parts for the process that this folder belongs to."""
-        self._folder = Path(folder)
+        """Compile parts for the process that this folder belongs to, and clear up behind it if it has gone."""
+        self._folder, parent = Path(folder), os.getppid()
         for number in self._taken():
             self._compile(number)
+            if os.getppid() != parent:
+                shutil.rmtree(folder, ignore_errors=True)
+                return
             unfinished = self._folder / f"{number}.unfinished"
             unfinished.write_bytes(pickle.dumps(self._made[number]))
             unfinished.replace(self._folder / f"{number}.part")
@@ -106,9 +111,12 @@ class Parts:
         return None if None in packed else [part for part in packed if part]
 
     def load(self, packed: Sequence[Packed]) -> None:
-        """Take over what was `packed`."""
-        for number, part in enumerate(packed):
-            self._load(number, part)
+        """Take over what was `packed`: all of it, or nothing where it is not as many parts or one cannot be loaded."""
+        if len(packed) != len(self._functions):
+            raise ValueError(f"expected {len(self._functions)} parts, got {len(packed)}")
+        libraries = [_unpacked(part) for part in packed]
+        for number, (part, library) in enumerate(zip(packed, libraries, strict=True)):
+            self._keep(number, part, part[0], library)
 
     def _taken(self) -> Iterator[int]:
         """Numbers of the parts that no other process has taken, until there are no more."""
@@ -138,19 +146,20 @@ class Parts:
             return False
         try:
             packed = pickle.loads((self._folder / f"{number}.part").read_bytes())  # noqa: S301  # from our own process
-            self._load(number, packed)
+            self._keep(number, packed, packed[0], _unpacked(packed))
         except Exception:  # noqa: BLE001  # that has failed, in whatever way
             return False
         return True
-
-    def _load(self, number: int, packed: Packed) -> None:
-        name, library = packed
-        self._keep(number, packed, name, cpu_target.target_context.codegen().unserialize_library(library))
 
     def _keep(self, number: int, packed: Packed | None, name: str, library: Any) -> None:
         self.table[number] = library.get_pointer_to_function(name)
         self._libraries.append(library)
         self._made[number] = packed
+
+
+def _unpacked(packed: Packed) -> Any:
+    """The library that a function is in."""
+    return cpu_target.target_context.codegen().unserialize_library(packed[1])
 
 
 class _Helper(subprocess.Popen[bytes]):
