@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastbn._arrays import described
+from fastbn._memory import get_pool_limit
 
 BACKENDS = {
     "numba": "fastbn.backends.numba_",
@@ -285,7 +286,6 @@ def cpu_features() -> str:
 def show_config() -> None:
     """Print versions, backends, threads and their layer, CPU features, the pool's limit, the compile cache's folder."""
     from fastbn import __version__
-    from fastbn._memory import get_pool_limit
 
     backend = kernels()
     rows = [
