@@ -78,7 +78,7 @@ MUTATIONS = (
         "sums[j] = sums[j + LANES - rest]",
         "pass",
         "a row's last vector of sums overlaps",
-        PRECISION,
+        ("tests/test_functional.py",),
     ),
     Mutation(
         NUMBA + "columns.py", "rows - whole * streams", "0", "rows that are left over by eight streams", PRECISION
