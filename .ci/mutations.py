@@ -83,6 +83,9 @@ MUTATIONS = (
     Mutation(
         NUMBA + "columns.py", "rows - whole * streams", "0", "rows that are left over by eight streams", PRECISION
     ),
+    Mutation(
+        NUMBA + "shares.py", "t < shares[share + 1]", "t < shares[share + 1] - 1", "a share's last task", PRECISION
+    ),
     Mutation(NUMBA + "rows.py", "b // pieces * height", "0", "pieces of a long row in several blocks", PRECISION),
     Mutation(
         NUMBA + "rows.py",
@@ -136,6 +139,7 @@ MUTATIONS = (
     ),
     Mutation(C + "columns.h", "sums[j] = sums[j + LANES - rest]", "", "a row's last vector of sums overlaps", FORWARD),
     Mutation(C + "common.h", "rows - whole * streams", "0", "rows that are left over by eight streams", FORWARD),
+    Mutation(C + "common.h", "if (t < share->end)", "if (t < share->end - 1)", "a share's last task", FORWARD),
     Mutation(C + "common.h", "b / pieces * height", "0", "pieces of a long row in several blocks", FORWARD),
     Mutation(
         C + "rows.h",

@@ -14,6 +14,8 @@ cdef extern from "dispatch.h" nogil:
     enum: ROOM
     enum: NUM_INSTRUCTION_SETS
     const char *instruction_sets[]
+    ctypedef struct Shares:
+        pass
     ctypedef struct Job:
         Py_ssize_t n, channels, s, threads, split, streaming, run, columns, rows, block, blocks, ahead, turns
         int training, wide
@@ -35,10 +37,11 @@ cdef extern from "dispatch.h" nogil:
         double *grads
         double *part
         Py_ssize_t *writing
+        Shares *shares
     ctypedef struct Kernels:
         Py_ssize_t lanes
         void (*prepare)(const Job *, int, int) noexcept nogil
-        void (*task)(const Job *, int, int, Py_ssize_t) noexcept nogil
+        void (*work)(const Job *, int, int, Py_ssize_t) noexcept nogil
         void (*last_row)(const Job *, int, int) noexcept nogil
         void (*finish_channels)(const Job *, Py_ssize_t, Py_ssize_t, int, int) noexcept nogil
     const Kernels *kernels_of(int index, int itemsize)
@@ -49,13 +52,15 @@ cdef extern from "dispatch.h" nogil:
     int can_stream(const Job *)
     void fold(const Job *)
     Py_ssize_t rest_of(const Job *)
+    void deal(Shares *, Py_ssize_t tasks, Py_ssize_t threads)
     ctypedef struct ImageJob:
         Py_ssize_t length, pieces, piece, width, tile
         int whole
         const void *x
         void *part
-    ctypedef void (*ImageTask)(const ImageJob *, Py_ssize_t) noexcept nogil
-    ImageTask image_task_of(int index, int dtype)
+        Shares *shares
+    ctypedef void (*ImageWork)(const ImageJob *, Py_ssize_t) noexcept nogil
+    ImageWork image_work_of(int index, int dtype)
 
 cdef extern from *:
     """
@@ -133,10 +138,12 @@ def kernel(
     job.streaming = job.streaming and can_stream(&job)
     cdef Py_ssize_t writing = 0
     job.writing = &writing
+    cdef Shares shares
+    job.shares = &shares
     cdef const Kernels *kernels = kernels_of(instruction_set, x.itemsize)
     cdef bint last = job.columns != 0 and rest_of(&job) != 0
     cdef bint fused = reduce and apply and not job.split
-    cdef Py_ssize_t t, tasks
+    cdef Py_ssize_t k
     cdef int step, phase
     with nogil:
         if backward and not reduce:
@@ -150,13 +157,12 @@ def kernel(
                 phase = APPLY_COLUMNS if job.columns else APPLY
             if backward or step:
                 kernels.prepare(&job, backward, phase)
-            tasks = tasks_of(&job, phase)
+            deal(&shares, tasks_of(&job, phase), job.threads)
             if job.threads == 1:
-                for t in range(tasks):
-                    kernels.task(&job, backward, phase, t)
+                kernels.work(&job, backward, phase, 0)
             else:
-                for t in prange(tasks, num_threads=job.threads, schedule="static"):
-                    kernels.task(&job, backward, phase, t)
+                for k in prange(job.threads, num_threads=job.threads, schedule="static"):
+                    kernels.work(&job, backward, phase, k)
             if last:
                 kernels.last_row(&job, backward, phase)
             if step == 0 and not fused:
@@ -171,12 +177,14 @@ def image_sums(
     cdef ImageJob job
     job.length, job.pieces, job.piece, job.width, job.tile, job.whole = length, pieces, piece, width, tile, whole
     job.x, job.part = data(x), data(part)
-    cdef ImageTask task = image_task_of(image_instruction_set, dtype)
-    cdef Py_ssize_t t
+    cdef ImageWork work = image_work_of(image_instruction_set, dtype)
+    cdef Shares shares
+    job.shares = &shares
+    cdef Py_ssize_t k
     with nogil:
+        deal(&shares, tasks, threads)
         if threads == 1:
-            for t in range(tasks):
-                task(&job, t)
+            work(&job, 0)
         else:
-            for t in prange(tasks, num_threads=threads, schedule="static"):
-                task(&job, t)
+            for k in prange(threads, num_threads=threads, schedule="static"):
+                work(&job, k)

@@ -22,8 +22,13 @@ enum { CHUNK = 1024, GROUP = 1 << 14, LONGEST_FOLD = 1024 };                   /
 enum { ROOM = 2048, PATIENCE = 1 << 14 }; /* values of `part` on the stack; pauses until a thread has waited too long */
 enum { TOGETHER = 64 };                              /* channels finished at a time, in loops that become vectors */
 enum { COLUMN_STREAMS = 8, MOST_LANES = 16, WIDEST = 2 * CHUNK + MOST_LANES }; /* both: rows at a time, room for sums */
+enum { SHARES = 64 };                                /* of tasks, at most: threads beyond have one together */
 
 typedef ptrdiff_t Index; /* `long` has 32 bits on Windows */
+
+/* The tasks of a phase, in shares: of each the next task and the end, on a line of their own. */
+typedef struct { Index next, end; } __attribute__((aligned(LINE))) Share;
+typedef struct { Share each[SHARES]; Index count; } Shares;
 
 /* A call's plan, see fastbn/backends/_plan.py, and its arguments, see fastbn/backends/__init__.py; NULL for None. */
 typedef struct {
@@ -37,13 +42,14 @@ typedef struct {
     void *coef;
     double *stats, *affine, *grads, *part;
     Index *writing; /* whether a thread has its turn */
+    Shares *shares;
 } Job;
 
 /* The kernels of one value type and one instruction set. */
 typedef struct {
     Index lanes;
     void (*prepare)(const Job *, int backward, int phase);
-    void (*task)(const Job *, int backward, int phase, Index t);
+    void (*work)(const Job *, int backward, int phase, Index k);
     void (*last_row)(const Job *, int backward, int phase);
     void (*finish_channels)(const Job *, Index c0, Index c1, int backward, int apply);
 } Kernels;
@@ -76,6 +82,25 @@ point void prefetch_part(const void *x) {
 }
 
 point Index to_line(const void *x, Index itemsize) { return (-(uintptr_t)x & (LINE - 1)) / itemsize; } /* values */
+
+/* Deal the tasks of a phase (design, L): neighbours to one thread, and to the first ones what is left over. */
+static inline void deal(Shares *shares, Index tasks, Index threads) {
+    const Index count = shares->count = min(threads, SHARES);
+    for (Index k = 0; k < count; k++) {
+        shares->each[k].next = k ? shares->each[k - 1].end : 0;
+        shares->each[k].end = ((k + 1) * tasks + count - 1) / count;
+    }
+}
+
+/* A task that no thread has begun, of share `at` or, where that is done, of those behind it; -1 where all are. */
+point Index next_task(Shares *shares, Index *at) {
+    for (Index tried = 0; tried < shares->count; tried++, ++*at) {
+        Share *share = shares->each + *at % shares->count;
+        const Index t = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED);
+        if (t < share->end) return t;
+    }
+    return -1;
+}
 
 /* Pieces of so many values that a row is cut into; the last takes the rest: none is shorter than a vector. */
 point Index pieces_of(Index s, Index piece) { return max(1, s / piece); }

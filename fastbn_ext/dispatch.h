@@ -162,14 +162,14 @@ static inline const Kernels *kernels_of(int index, int itemsize) {
     return table[index][itemsize == 8];
 }
 
-/* Task of the statistics of image data, which are integers for the most part: Zen 4 takes up to a quarter less with AVX-512;
+/* Work on the statistics of image data, which are integers for the most part: Zen 4 takes up to a quarter less with AVX-512;
    `dtype` is an index into IMAGE_DTYPES of fastbn/backends/cython_.py. */
-static inline ImageTask image_task_of(int index, int dtype) {
-    static const ImageTask *const table[] = {
+static inline ImageWork image_work_of(int index, int dtype) {
+    static const ImageWork *const table[] = {
 #if X86
-        image_tasks_avx512, image_tasks_avx2, image_tasks_avx2,
+        image_works_avx512, image_works_avx2, image_works_avx2,
 #endif
-        image_tasks_baseline,
+        image_works_baseline,
     };
     return table[index][dtype];
 }

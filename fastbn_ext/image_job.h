@@ -13,9 +13,10 @@ typedef struct {
     int whole;
     const void *x;
     void *part;
+    Shares *shares;
 } ImageJob;
 
-typedef void (*ImageTask)(const ImageJob *, Index t);
+typedef void (*ImageWork)(const ImageJob *, Index k);
 typedef uint16_t Half; /* a float16's bits */
 
 /* A float16's value; arithmetic on its bits alone would be spoilt where a process lets denormals be zero. */

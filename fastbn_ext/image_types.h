@@ -57,8 +57,8 @@ typedef float JOIN(FourFloats, ISA) __attribute__((vector_size(VECTOR_BYTES / 2)
 #undef NAME
 
 /* In the order of IMAGE_DTYPES in fastbn/backends/cython_.py. */
-static const ImageTask JOIN(image_tasks, ISA)[] = {
-#define TASK(type) JOIN(image_task, JOIN(type, ISA))
-    TASK(uint8_t), TASK(int8_t), TASK(uint16_t), TASK(int16_t), TASK(Half), TASK(float), TASK(double),
-#undef TASK
+static const ImageWork JOIN(image_works, ISA)[] = {
+#define WORK(type) JOIN(image_work, JOIN(type, ISA))
+    WORK(uint8_t), WORK(int8_t), WORK(uint16_t), WORK(int16_t), WORK(Half), WORK(float), WORK(double),
+#undef WORK
 };

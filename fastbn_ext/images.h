@@ -144,6 +144,11 @@ static void NAME(task)(const ImageJob *job, Index t) {
 #endif
 }
 
+/* Tasks that thread k does: of its own share first. */
+static void NAME(work)(const ImageJob *job, Index k) {
+    for (Index t; (t = next_task(job->shares, &k)) >= 0;) NAME(task)(job, t);
+}
+
 #undef SUM
 #undef PARTS
 #undef COUNT

@@ -98,7 +98,7 @@ static void NAME(run_at_once)(const Job *job, Index t, int backward) {
 }
 
 /* Task t of a phase. */
-static void NAME(task)(const Job *job, int backward, int phase, Index t) {
+point void NAME(task)(const Job *job, int backward, int phase, Index t) {
     switch (phase) {
     case FUSED: NAME(run_at_once)(job, t, backward); break;
     case REDUCE: NAME(reduce_run)(job, run_of(job, t / job->blocks, job->run), t % job->blocks, backward); break;
@@ -112,6 +112,11 @@ static void NAME(task)(const Job *job, int backward, int phase, Index t) {
     case APPLY_COLUMNS: NAME(apply_group)(job, t, backward); break;
     }
     if (job->streaming) fence();
+}
+
+/* Tasks of a phase that thread k does: of its own share first. */
+static void NAME(work)(const Job *job, int backward, int phase, Index k) {
+    for (Index t; (t = next_task(job->shares, &k)) >= 0;) NAME(task)(job, backward, phase, t);
 }
 
 /* --- between phases ----------------------------------------------------------------------------------------------- */
@@ -168,7 +173,7 @@ static void NAME(last_row)(const Job *job, int backward, int phase) {
     NAME(unpadded)(job, row.dresidual, job->dresidual);
 }
 
-static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(task), NAME(last_row), NAME(finish_channels)};
+static const Kernels NAME(kernels) = {LANES, NAME(prepare), NAME(work), NAME(last_row), NAME(finish_channels)};
 
 #undef V
 #undef I

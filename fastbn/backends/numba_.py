@@ -24,6 +24,7 @@ from fastbn.backends._numba import (
     points,
     prepare,
     rows,
+    shares,
     vectors,
 )
 from fastbn.backends._numba.cache import digest_of, file_name, folders, writable_folder
@@ -37,7 +38,7 @@ from fastbn.backends._plan import LANES, Plan
 NAME = "numba"
 
 # All that kernels are compiled from.
-SOURCES = (channels, points, rows, output, columns, kernel, vectors, compiler, prepare, buffers, job, _plan)
+SOURCES = (channels, points, rows, output, columns, kernel, shares, vectors, compiler, prepare, buffers, job, _plan)
 _SOURCE = digest_of(SOURCES)
 _THREADS = Plan._fields.index("threads")
 

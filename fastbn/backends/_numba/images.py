@@ -23,12 +23,13 @@ from numba.np.numpy_support import from_dtype
 
 from fastbn.backends import _images, _plan
 from fastbn.backends._images import HALF, INTEGERS, lanes
-from fastbn.backends._numba import buffers, compiler, prepare, vectors
+from fastbn.backends._numba import buffers, compiler, prepare, shares, vectors
 from fastbn.backends._numba.buffers import Buffer
 from fastbn.backends._numba.cache import digest_of
-from fastbn.backends._numba.compiler import loop, point
+from fastbn.backends._numba.compiler import ZERO, loop, point
 from fastbn.backends._numba.prepare import once, one_at_a_time, prepared
-from fastbn.backends._numba.vectors import ahead_of, noinline, prefetch_later, scratch, team
+from fastbn.backends._numba.shares import ROOM_FOR_SHARES, deal, next_task
+from fastbn.backends._numba.vectors import ahead_of, noinline, prefetch_later, scratch, seen_as, team
 from fastbn.backends._plan import LONGEST_FOLD
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -380,21 +381,30 @@ def finished(total, squares, count):
 
 
 def _kernel_over(task):
+    @point
+    def work(shares, k, x, length, pieces, piece, width, tile, whole, part):
+        """Tasks that thread k does: of its own share first."""
+        t, at = next_task(shares, k)
+        while t >= 0:
+            task(x, t, length, pieces, piece, width, tile, whole, part)
+            t, at = next_task(shares, at)
+
     def kernel(threads, tasks, length, pieces, piece, width, tile, whole, x, part):
+        shares = seen_as(scratch(part, ROOM_FOR_SHARES), np.intp)
+        deal(shares, tasks, threads)
         if threads == 1:
-            for t in range(tasks):
-                task(x, t, length, pieces, piece, width, tile, whole, part)
+            work(shares, ZERO, x, length, pieces, piece, width, tile, whole, part)
         else:
             before = team(threads)
-            for t in prange(tasks):
-                task(x, t, length, pieces, piece, width, tile, whole, part)
+            for k in prange(threads):
+                work(shares, np.intp(k), x, length, pieces, piece, width, tile, whole, part)
             team(before)
 
     return kernel
 
 
 # All that kernels are compiled from.
-SOURCES = (sys.modules[__name__], vectors, compiler, prepare, buffers, _plan, _images)
+SOURCES = (sys.modules[__name__], vectors, shares, compiler, prepare, buffers, _plan, _images)
 _SOURCE = digest_of(SOURCES)
 
 

@@ -31,7 +31,7 @@ _DOUBLES = ("stats", "grads", "part", "affine")
 
 # What a kernel is called with, behind the plan, and its table of parts.
 ARGUMENTS = (*_FLAGS, *_NUMBERS, *_VALUES[:-1], "signs", *_PARAMETERS, *_DOUBLES[:-1], "table")
-FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef", "writing")  # two lie behind the statistics, and behind `part`
+FIELDS = (*Plan._fields, *ARGUMENTS, "affine", "coef", "writing", "shares")  # two lie behind `stats` and `part`
 
 
 def kinds_of(real):
@@ -49,6 +49,7 @@ def kinds_of(real):
         **dict.fromkeys(_DOUBLES, types.CPointer(types.float64)),
         "table": types.CPointer(types.intp),
         "writing": types.CPointer(types.intp),  # whether a thread has its turn
+        "shares": types.CPointer(types.intp),
     }
 
 

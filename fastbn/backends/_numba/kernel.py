@@ -38,6 +38,7 @@ from fastbn.backends._numba.rows import (
     runs_of,
     shift_of,
 )
+from fastbn.backends._numba.shares import ROOM_FOR_SHARES, deal, next_task
 from fastbn.backends._numba.vectors import (
     ahead_of,
     fence,
@@ -215,7 +216,7 @@ def run_at_once(job, t, backward):
             end_turn(job)
 
 
-@part(FLAG, INDEX, INDEX)
+@point
 def task(job, backward, phase, t):
     """Task t of a phase."""
     if phase == FUSED:
@@ -236,6 +237,15 @@ def task(job, backward, phase, t):
         apart(column_moments, (job, t))
     if job.streaming:
         fence()
+
+
+@part(FLAG, INDEX, INDEX)
+def work(job, backward, phase, k):
+    """Tasks of a phase that thread k does: of its own share first."""
+    t, at = next_task(job.shares, k)
+    while t >= 0:
+        task(job, backward, phase, t)
+        t, at = next_task(job.shares, at)
 
 
 @point
@@ -349,6 +359,7 @@ def kernel(
     job.streaming = job.streaming and can_stream(job)
     job.writing = scratch(job.table, 1)
     job.writing[0] = 0
+    job.shares = scratch(job.table, ROOM_FOR_SHARES)
     columns, threads = job.columns, job.threads
     last = columns and rest_of(job)
     if backward and not reduce:
@@ -363,14 +374,13 @@ def kernel(
             phase = APPLY_COLUMNS if columns else APPLY
         if backward or step:
             apart(prepare, (job, backward, phase))
-        tasks = tasks_of(job, phase)
+        deal(job.shares, tasks_of(job, phase), threads)
         if threads == 1:
-            for t in range(tasks):
-                apart(task, (job, backward, phase, t))
+            apart(work, (job, backward, phase, ZERO))
         else:
             before = team(threads)
-            for t in prange(tasks):
-                apart(task, (job, backward, phase, np.intp(t)))
+            for k in prange(threads):
+                apart(work, (job, backward, phase, np.intp(k)))
             team(before)
         if last:
             apart(last_row, (job, backward, phase))

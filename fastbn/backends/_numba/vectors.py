@@ -347,6 +347,16 @@ def freed(typing, flag):
 
 
 @intrinsic
+def counted(typing, x, i):
+    """``x[i]``, an integer that threads share, which is one more from now on."""
+
+    def build(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), _I64(1), "monotonic")
+
+    return types.intp(x, types.intp), build
+
+
+@intrinsic
 def relax(typing):
     """Wait a moment for another thread."""
 
