@@ -403,12 +403,14 @@ def compare(one: Stored, other: Stored) -> str:
         )
     texts = []
     for what, values in apart.items():
+        if not values:
+            continue
         within = sum(value <= 0.05 for value, _ in values)
         middle, most = statistics.median(value for value, _ in values), max(values)
         texts.append(
             f"{what}: {within} of {len(values)} within 5%, median {middle:.1%}, most {most[0]:.1%} ({most[1]})"
         )
-    return "\n".join(texts)
+    return "\n".join(texts) or "the two have nothing in common that could be compared"
 
 
 def main() -> int:

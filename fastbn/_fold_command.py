@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn._files import put, read_npz
 from fastbn.folding import DEFAULT_EPS, fold_state_dict
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 WIDE = 160  # columns for a table that does not go to a terminal
+NARROW = 80  # and of a terminal that shows no figures
+CHECKPOINT = ".safetensors"
 FAILED, BAD_INPUT = 1, 2
 
 
@@ -89,7 +92,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pairs",
         nargs="+",
         metavar="LAYER:BN",
-        help='layers and the batch norms behind them, or "auto" to find them by their names',
+        help='layers and the batch norms behind them, or "auto" to find them by names and shapes, which do not say '
+        "what else lies between the two, nor whether a layer with as many inputs as outputs is transposed",
     )
     checkpoints.add_argument(
         "--transposed", nargs="+", default=[], metavar="LAYER", help="those layers that are transposed convolutions"
@@ -102,13 +106,26 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     try:
         with _warnings_in_one_line():
-            if args.input.suffix == ".safetensors":
+            if not args.json:
+                _require_rich()
+            if _is_checkpoint(args.input):
                 return _fold_checkpoint(args)
             return _fold_model(args)
     except BrokenPipeError:  # nobody reads on: the caller's matter
         raise
-    except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, ImportError, OverflowError, MemoryError) as error:
         return _complain("error", _message(error))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix.lower() == CHECKPOINT
+
+
+def _require_rich() -> None:
+    try:
+        import rich  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("tables need rich: pip install rich (--json does without)") from error
 
 
 # --- ONNX models -----------------------------------------------------------------------------------------------------
@@ -136,21 +153,22 @@ def _fold_model(args: argparse.Namespace) -> int:
         if output is not None and passed:
             onnx.move(path, output)
     written = output if passed else None
-    if args.json:
-        _print_json(
-            {
-                "input": str(args.input),
-                "output": None if written is None else str(written),
-                "folded": result.folded,
-                "kept": result.kept,
-                "before": dataclasses.asdict(result.before),
-                "after": dataclasses.asdict(result.after),
-                "report": [dataclasses.asdict(entry) for entry in result.report],
-                "check": check,
-            }
-        )
-    else:
-        _print_model_report(result, check, written)
+    with _printing(written):
+        if args.json:
+            _print_json(
+                {
+                    "input": str(args.input),
+                    "output": None if written is None else str(written),
+                    "folded": result.folded,
+                    "kept": result.kept,
+                    "before": dataclasses.asdict(result.before),
+                    "after": dataclasses.asdict(result.after),
+                    "report": [dataclasses.asdict(entry) for entry in result.report],
+                    "check": check,
+                }
+            )
+        else:
+            _print_model_report(result, check, written)
     return 0 if passed else FAILED
 
 
@@ -191,11 +209,7 @@ def _read_inputs(path: Path, model: ModelProto) -> dict[str, Array]:
 
     from fastbn._onnx_compare import required_inputs
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+    arrays = read_npz(path)
     for value in required_inputs(model):
         if not value.type.HasField("tensor_type"):
             raise ValueError(f"input {value.name} of the model is no tensor, and {path} can hold nothing else")
@@ -221,9 +235,10 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _print_model_report(result: FoldResult, check: Mapping[str, Any] | None, written: Path | None) -> None:
-    table = _table("batch norm", "behind", "result", "reason", "|scale|", "tiny var", "zero weight", numbers=3)
+    figures = ("|scale|", "tiny var", "zero weight") if _width() >= NARROW else ()
+    table = _table("batch norm", "behind", "result", "reason", *figures, numbers=len(figures))
     for entry in result.report:
-        table.add_row(*map(str, _model_row(entry)))
+        table.add_row(*map(str, _model_row(entry)[: len(table.columns)]))
     _print(table if result.report else "no BatchNormalization in this model")
     before, after = result.before, result.after
     _print(
@@ -233,8 +248,8 @@ def _print_model_report(result: FoldResult, check: Mapping[str, Any] | None, wri
     if check is not None:
         table = _table("output", "max abs", "max rel", "max ULP", numbers=3)
         for output in check["outputs"]:
-            figures = (output["max_abs"], output["max_rel"], output["max_ulp"])
-            table.add_row(output["name"], *("" if figure is None else f"{figure:.3g}" for figure in figures))
+            apart = (output["max_abs"], output["max_rel"], output["max_ulp"])
+            table.add_row(output["name"], *("" if figure is None else f"{figure:.3g}" for figure in apart))
         _print(table)
         _print(
             f"check {'passed' if check['passed'] else 'FAILED'}: tolerance {check['tolerance']:g} of the largest value"
@@ -280,7 +295,7 @@ def _fold_checkpoint(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix=".fastbn-fold-", dir=output.parent) as aside:
             path = Path(aside) / output.name
             write_checkpoint(folded, metadata, path)
-            path.replace(output)
+            put(path, output)
     report: list[dict[str, Any]] = [
         {"name": norm, "into": layer, "folded": True, "reason": "paired", "sentence": f"folded into {layer}"}
         for layer, norm in pairing.pairs
@@ -289,18 +304,21 @@ def _fold_checkpoint(args: argparse.Namespace) -> int:
         {"name": norm, "into": None, "folded": False, "reason": "unpaired", "sentence": sentence}
         for norm, sentence in pairing.left.items()
     ]
-    if args.json:
-        totals = {"folded": len(pairing.pairs), "kept": len(pairing.left)}
-        written = None if output is None else str(output)
-        _print_json({"input": str(args.input), "output": written, **totals, "report": report, "check": None})
-    else:
-        table = _table("batch norm", "result", "reason")
-        for entry in report:
-            into = f"folded -> {entry['into']}" if entry["folded"] else "kept"
-            table.add_row(entry["name"], into, "" if entry["folded"] else f"unpaired: {entry['sentence']}")
-        _print(table)
-        _print(f"{len(pairing.pairs)} of {len(report)} batch norms folded")
-        _print_written(output)
+    with _printing(output):
+        if args.json:
+            totals = {"folded": len(pairing.pairs), "kept": len(pairing.left)}
+            written = None if output is None else str(output)
+            _print_json({"input": str(args.input), "output": written, **totals, "report": report, "check": None})
+        else:
+            table = _table("batch norm", "result", "reason")
+            for entry in report:
+                into = f"folded -> {entry['into']}" if entry["folded"] else "kept"
+                table.add_row(entry["name"], into, "" if entry["folded"] else f"unpaired: {entry['sentence']}")
+            _print(table)
+            _print(f"{len(pairing.pairs)} of {len(report)} batch norms folded")
+            if args.pairs == ["auto"]:
+                _print("paired by names and shapes: see that nothing else lies between a layer and its batch norm")
+            _print_written(output)
     return 0
 
 
@@ -328,7 +346,11 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
         return None
     output: Path = args.output or args.input.with_name(f"{args.input.stem}.folded{args.input.suffix}")
     if output.is_symlink():
-        output = output.resolve()  # what it points to is written, and the link stays
+        output = Path(os.path.realpath(output))  # what it points to is written, and the link stays
+        if output.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(output))
+    if output.suffix.lower() == (".onnx" if _is_checkpoint(args.input) else CHECKPOINT):
+        raise ValueError(f"{output}: what becomes of {args.input} is no {output.suffix} file")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output.parent}: no such folder")
     if output.is_dir():
@@ -348,6 +370,19 @@ def _refuse_overwriting(outputs: set[Path], inputs: set[Path]) -> None:
             continue
         if same:
             raise ValueError(f"{output} would overwrite the input {path}")
+
+
+@contextmanager
+def _printing(written: Path | None) -> Iterator[None]:
+    """Tell apart what goes wrong with the report from what goes wrong with the result."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        done = "nothing was to be written" if written is None else f"{written} has been written"
+        raise OSError(f"the report cannot be printed: {_message(error)}; {done}") from None
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
@@ -376,8 +411,11 @@ def _table(*columns: str, numbers: int = 0) -> Table:
 def _print(what: Table | str) -> None:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else WIDE
-    Console(width=width, markup=False, emoji=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+    Console(width=_width(), markup=False, emoji=False, highlight=False, soft_wrap=isinstance(what, str)).print(what)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
 
 
 def _print_written(output: Path | None) -> None:
@@ -390,8 +428,12 @@ def _progress(what: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    try:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+    except ModuleNotFoundError:
+        yield lambda *_: None
+        return
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
@@ -415,5 +457,7 @@ def _message(error: BaseException) -> str:
 
 
 def _complain(kind: str, message: str) -> int:
-    sys.stderr.write(f"fastbn fold: {kind}: {' '.join(message.split())}\n")
+    with suppress(OSError):  # the status tells it too
+        sys.stderr.write(f"fastbn fold: {kind}: {' '.join(message.split())}\n")
+        sys.stderr.flush()
     return BAD_INPUT

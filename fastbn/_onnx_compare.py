@@ -60,6 +60,8 @@ def run(model: ModelProto | str | os.PathLike[str], inputs: Mapping[str, Array])
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     source = model.SerializeToString() if isinstance(model, ModelProto) else os.fspath(model)
+    if isinstance(source, str) and not is_utf8(source):
+        raise RunError("it reads no files whose path is not UTF-8")
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
@@ -69,6 +71,15 @@ def run(model: ModelProto | str | os.PathLike[str], inputs: Mapping[str, Array])
     except _exceptions(errors) as error:
         raise RunError(str(error).strip().splitlines()[0]) from error
     return dict(zip(names, results, strict=True))
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Say whether the bytes of a path are UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _exceptions(module: ModuleType) -> tuple[type[Exception], ...]:

@@ -1,16 +1,21 @@
 """The command line: ``fastbn demo``, ``fastbn fold``, ``fastbn info``.
 
-Exit status 0, 1 where ``fold --check`` fails, 2 for what the user can mend (with one line on stderr), 130 after Ctrl-C.
-What a command needs is imported when it runs.
+Exit status 0, 1 where ``fold --check`` fails, 2 for what the user can mend (with one line on stderr), and 128 and the
+signal's number where a signal ends it: 130 after Ctrl-C, 141 where nobody reads on. What a command needs is imported
+when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import fastbn
@@ -18,7 +23,8 @@ from fastbn import _fold_command
 from fastbn._engine import BACKENDS
 
 USER_ERROR = 2
-INTERRUPTED = 130
+SIGNALLED = 128  # and the signal's number
+BROKEN_PIPE = SIGNALLED + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +40,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status.
     """
+    _prepare_output()
     args = _parser().parse_args(argv)
+    status: int = 0
     try:
-        status: int = args.run(args)
+        with _signals_unwind():
+            status = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left, as `head` does; nothing more can be said, not even when Python flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        _say("interrupted")
+        return SIGNALLED + signal.SIGINT
+    except BrokenPipeError:  # the reader has left, as `head` does
+        _discard_output()
+        return BROKEN_PIPE
+    except OSError as error:
+        _discard_output()
+        return status or _fail(None, f"the output cannot be printed: {error.strerror or error}")
     return status
+
+
+def _prepare_output() -> None:
+    """Let there be a standard output that takes whatever names have in them."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # to the end
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Nothing more can be printed, not even when Python flushes at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Let a signal that would end the process at once do so by an exception, which clears up what is half written."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(SIGNALLED + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in ending if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,21 +137,24 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(args: argparse.Namespace) -> int:
     try:
         from fastbn import demo
+        from fastbn._onnx_compare import is_utf8
     except ImportError as error:
         return _fail("demo", f'{error}; what the demo needs is installed by: pip install "fastbn[demo]"')
     try:
         if "backend" in args:
             fastbn.set_backend(args.backend)
         fastbn.get_backend(), fastbn.get_num_threads()  # what the environment asks for is to be had, or an error here
+        if not is_utf8(args.out):
+            raise ValueError(f"--out {args.out}: ONNX Runtime reads no files whose path is not UTF-8")
         images = demo.load_images(getattr(args, "data", None), args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         return _fail("demo", error)
     try:
         demo.run(images, args.epochs, args.seed, args.out)
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         return _fail("demo", error)
     return 0
 
@@ -152,9 +199,14 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(command: str, error: object) -> int:
+def _fail(command: str | None, error: object) -> int:
     """Say what went wrong in one line; returns the exit status."""
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    print(f"fastbn {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    _say(f"fastbn{f' {command}' if command else ''}: error: {' '.join(str(error).split())}")
     return USER_ERROR
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the exit status tells it too
+        print(line, file=sys.stderr, flush=True)

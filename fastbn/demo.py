@@ -10,8 +10,6 @@ This module needs the extra ``demo``.
 from __future__ import annotations
 
 import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +32,7 @@ from threadpoolctl import threadpool_limits
 
 import fastbn
 from fastbn._demo_net import Array, Block, Network, Relu, Sgd, Stopwatch, Unit, cross_entropy, residual_network
+from fastbn._files import read_npz
 
 BATCH_SIZE = 64
 # With batch norm the fastest of 0.02, 0.05, 0.1 and 0.2. Without it 0.02 does better, and 0.05 still trains.
@@ -103,19 +102,10 @@ def load_images(path: Path | None, seed: int) -> Images:
 
 
 def _read_npz(path: Path) -> tuple[Array, Array]:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is not an .npz file")
-        file.seek(0)
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                missing = [key for key in ("x", "y") if key not in archive]
-                if missing:
-                    found = ", ".join(archive) or "nothing"
-                    raise ValueError(f"expected arrays x and y, found {found}")
-                return np.asarray(archive["x"]), np.asarray(archive["y"])
-        except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from error
+    found = read_npz(path, ("x", "y"))
+    if len(found) < 2:
+        raise ValueError(f"{path} must hold arrays x and y, of these it holds {', '.join(found) or 'none'}")
+    return found["x"], found["y"]
 
 
 def _checked_pixels(x: Array) -> Array:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal, cast
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,6 +25,7 @@ from fastbn._arrays import (
     view,
 )
 from fastbn._engine import kernels
+from fastbn._files import put, read_npz
 from fastbn._merge import Count, merge_compensated
 
 __all__ = ["Moments", "NanPolicy"]
@@ -213,7 +212,7 @@ class Moments:
                 np.savez(unfinished, **fields)
                 unfinished.flush()
                 os.fsync(unfinished.fileno())
-            aside.replace(path)
+            put(aside, path)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -233,17 +232,15 @@ class Moments:
         ValueError
             If it is a file of something else.
         """
-        if not hasattr(file, "read"):
-            with _npz(file).open("rb") as opened:
-                return cls.load(opened)
+        source = cast("IO[bytes]", file) if hasattr(file, "read") else _npz(file)
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                count, mean, rest, m2 = (archive[name] for name in _FIELDS)
+            found = read_npz(source, _FIELDS)
+            count, mean, rest, m2 = (found[name] for name in _FIELDS)
             loaded = cls(int(str(count)) if count.dtype.kind == "U" else count, mean, m2)
             if rest.shape != mean.shape or rest.dtype != np.float64:
                 raise ValueError(f"rest must be float64 of shape {mean.shape}, got {rest.dtype} of {rest.shape}")
-        except (ValueError, TypeError, KeyError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
-            name = getattr(file, "name", "the file")
+        except (ValueError, TypeError, KeyError) as error:
+            name = source if isinstance(source, Path) else getattr(source, "name", "the file")
             raise ValueError(f"{name} is not what Moments.save wrote: {error}") from error
         loaded._rest = rest
         return loaded

@@ -25,8 +25,9 @@ except ModuleNotFoundError as error:
     raise ImportError('folding ONNX models needs the onnx package: pip install "fastbn[onnx]"') from error
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, set_external_data
 
+from fastbn._files import put
 from fastbn._onnx_graph import FIRST_OPSET, STANDARD, Model, Node, bodies, copy_fields, tensors
 from fastbn._onnx_rules import (
     EPSILON,
@@ -218,7 +219,11 @@ def write(model: ModelProto, path: Path, *, external: bool) -> None:
         return
     separated = ModelProto()
     separated.CopyFrom(model)  # onnx moves the weights out of the model it saves
-    onnx.save_model(separated, path, save_as_external_data=True, location=data_path(path).name, size_threshold=SMALL)
+    for body in bodies(separated):  # as onnx does it where no file of this name lies in the working directory
+        for tensor in body.initializer if isinstance(body, GraphProto) else ():
+            if len(tensor.raw_data) >= SMALL:
+                set_external_data(tensor, data_path(path).name)
+    onnx.save_model(separated, path, format="protobuf")
 
 
 def _serialized(model: ModelProto) -> Iterator[bytes]:
@@ -264,8 +269,8 @@ def data_path(path: Path) -> Path:
 def move(aside: Path, path: Path) -> None:
     """Move a model, and before it its external data, into place."""
     if data_path(aside) in aside.parent.iterdir():  # to ask for a name that is too long would be an error
-        data_path(aside).replace(data_path(path))
-    aside.replace(path)
+        put(data_path(aside), data_path(path))
+    put(aside, path)
 
 
 def _check_model(model: ModelProto) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx_graphs import CASES
 from subprocesses import python
 
 import fastbn
 from fastbn.cli import main
+
+FULL = Path("/dev/full")
 
 
 def run(*arguments, **options):
@@ -107,7 +112,37 @@ def test_a_reader_that_leaves_is_no_traceback():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="only Linux has a device that is always full")
+def test_output_that_cannot_be_printed(tmp_path):
+    model, folded = tmp_path / "model.onnx", tmp_path / "model.folded.onnx"
+    onnx.save(CASES["two_convs"].build(), model)
+    commands = (("info",), "the output cannot be printed"), (("fold", str(model)), f"{folded} has been written")
+    for arguments, words in commands:
+        with FULL.open("w") as full:
+            command = [sys.executable, "-m", "fastbn", *arguments]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert folded.exists()
+
+
+def test_names_that_the_output_has_no_letters_for(tmp_path):
+    model = tmp_path / "mödel ☃.onnx"
+    onnx.save(CASES["two_convs"].build(), model)
+    result = run("fold", str(model), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert "m\\xf6del \\u2603.folded.onnx" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its shell closes nothing")
+def test_no_output_at_all():
+    command = f"{sys.executable} -m fastbn info >&-"
+    result = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_help_loads_nothing_heavy():

@@ -303,8 +303,8 @@ def failure(capsys, *arguments):
 @pytest.mark.parametrize(
     "arrays, words",
     (
-        ({"x": X}, "expected arrays x and y, found x"),
-        ({}, "found nothing"),
+        ({"x": X}, "must hold arrays x and y, of these it holds x"),
+        ({}, "of these it holds none"),
         ({"x": X.astype(np.int64), "y": Y}, "x must be float or uint8, got int64"),
         ({"x": X.astype(object), "y": Y}, "allow_pickle"),
         ({"x": X[:, 0], "y": Y}, "shape (N, C, H, W), got shape (10, 4, 4)"),

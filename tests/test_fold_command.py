@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -199,7 +202,7 @@ def test_axes_of_one_name_get_one_size():
     assert set(np.unique(drawn["b"])) <= {0, 1}
 
 
-def test_external_data(tmp_path, capsys):
+def test_external_data(tmp_path, capsys, monkeypatch):
     source, target = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     target.mkdir()
@@ -212,6 +215,27 @@ def test_external_data(tmp_path, capsys):
     for output in ("weights", "model.onnx"):
         assert main(["fold", str(source / "model.onnx"), "-o", str(source / output)]) == 2
         assert "would overwrite the input" in one_line(capsys)
+    monkeypatch.chdir(target)  # where a file of external data is that will be replaced
+    assert main(["fold", str(source / "model.onnx"), "-o", "model.onnx", "--check"]) == 0
+    assert files(target) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("external", (True, False))
+def test_results_have_the_permissions_of_other_files(tmp_path, external):
+    """Of new ones, or of those that they replace."""
+    model = CASES["two_convs"].build()
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=external, location="weights", size_threshold=0)
+    save_file(network(("conv", (2, 3, 3, 3)), ("bn", 2)), tmp_path / "model.safetensors")
+    (tmp_path / "other").touch()
+    fresh = (tmp_path / "other").stat().st_mode
+    for mode in (fresh, fresh ^ 0o022):
+        assert main(["fold", str(tmp_path / "model.onnx")]) == 0
+        assert main(["fold", str(tmp_path / "model.safetensors"), "--pairs", "auto"]) == 0
+        results = list(tmp_path.glob("*.folded.*"))
+        assert len(results) == 2 + external
+        for path in results:
+            assert path.stat().st_mode == mode
+            path.chmod(fresh ^ 0o022)
 
 
 def one_line(capsys):
@@ -236,9 +260,13 @@ def one_line(capsys):
         (["model.onnx", "-o", "absent/out.onnx"], "absent: no such folder"),
         (["model.onnx", "-o", "folder"], "folder: is a folder"),
         (["model.onnx", "-o", "pipe"], "pipe: is not a regular file"),
+        (["model.onnx", "-o", "loop.onnx"], "loop.onnx: Too many levels of symbolic links"),
+        (["model.onnx", "-o", "out.safetensors"], "what becomes of model.onnx is no .safetensors file"),
         (["model.onnx", "--eps", "0.1"], "to which --eps does not apply"),
         (["model.onnx", "--eps", "1e-5"], "to which --eps does not apply"),
         (["model.onnx", "--inputs", "damaged.npz"], "damaged.npz is not an .npz file"),
+        (["model.onnx", "--inputs", "huge.npz"], "huge.npz is not an .npz file that can be read: Unable to allocate"),
+        (["model.onnx", "--inputs", "bytes.npz"], "bytes.npz is not an .npz file of arrays alone: it holds x"),
         (["model.onnx", "--check", "--tolerance", "nan"], "--tolerance must be finite"),
         (["model.onnx", "--check", "--tolerance", "-1"], "--tolerance must be finite"),
         (["model.onnx", "--shape", "x"], "--shape wants NAME=1,3,224,224, got 'x'"),
@@ -252,6 +280,7 @@ def one_line(capsys):
         (["model.onnx", "--inputs", "small.npz"], "which 1,2 does not fit"),
         (["model.onnx", "--pairs", "auto"], "is an ONNX model, to which --pairs does not apply"),
         (["unknown.onnx", "--check"], "ONNX Runtime cannot run the model"),
+        ([os.fsdecode(b"\xff.onnx"), "--check"], "it reads no files whose path is not UTF-8"),
     ),
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch, arguments, message):
@@ -259,6 +288,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     model = CASES["two_convs"].build()
     onnx.save(model, "model.onnx")
     (tmp_path / "link.onnx").symlink_to("model.onnx")
+    (tmp_path / "loop.onnx").symlink_to("loop.onnx")
+    (tmp_path / os.fsdecode(b"\xff.onnx")).symlink_to("model.onnx")
+    with zipfile.ZipFile("bytes.npz", "w") as archive:
+        archive.writestr("x", b"no array")
+    with zipfile.ZipFile("huge.npz", "w") as archive, archive.open("x.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (1 << 58,)})
     (tmp_path / "text.onnx").write_text("not a model")
     (tmp_path / "empty.onnx").write_bytes(b"")
     (tmp_path / "cut.onnx").write_bytes(model.SerializeToString()[:-50])
@@ -297,6 +332,49 @@ def test_unwritable_output(model_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert main(["fold", str(model_path)]) == 2
     assert "cannot be written" in one_line(capsys)
+
+
+def test_a_signal_leaves_nothing_half_written(model_path, monkeypatch):
+    def interrupted(*_):
+        yield b"the beginning"
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fastbn.onnx._serialized", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["fold", str(model_path)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert files(model_path.parent) == ["model.onnx"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_too_little_memory_is_one_line(model_path, capsys, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("fastbn._onnx_compare.random_inputs", exhausted)
+    assert main(["fold", str(model_path), "--check"]) == 2
+    assert "MemoryError" in one_line(capsys)
+    assert files(model_path.parent) == ["model.onnx"]
+
+
+def test_without_rich_there_is_no_table_and_nothing_is_written(model_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["fold", str(model_path)]) == 2
+    assert "tables need rich: pip install rich" in one_line(capsys)
+    assert files(model_path.parent) == ["model.onnx"]
+    assert fold_json(capsys, model_path)[0] == 0
+
+
+def test_a_narrow_terminal_has_room_for_names(model_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["fold", str(model_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "reason" in printed
+    assert "|scale|" not in printed
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["fold", str(model_path)]) == 0
+    assert "|scale|" in capsys.readouterr().out
 
 
 def test_no_half_written_file(model_path, capsys, monkeypatch):
@@ -512,6 +590,7 @@ def test_checkpoint_with_pairs_found(tmp_path, capsys):
     assert "folded -> features.conv0" in output
     assert "unpaired: by its shape it stands in front of its layer" in output
     assert "4 of 9 batch norms folded" in output
+    assert "see that nothing else lies between" in output
     folded = load_file(tmp_path / "model.folded.safetensors")
     assert "features.conv0.bias" in folded
     assert "features.norm0.running_mean" not in folded
@@ -544,6 +623,7 @@ def test_warning_of_a_checkpoint_takes_one_line(tmp_path, capsys):
         (["--pairs", "conv:absent"], "missing from the state: absent.running_mean"),
         (["--pairs", "conv:bn", "--check"], "is a checkpoint, to which --check does not apply"),
         (["--pairs", "conv:bn", "-o", "model.safetensors"], "would overwrite the input"),
+        (["--pairs", "conv:bn", "-o", "out.ONNX"], "what becomes of model.safetensors is no .ONNX file"),
         (["--pairs", "conv:bn", "--eps", "-1"], "eps must be finite"),
         (["--pairs", "conv:bn", "--transposed", "other"], "in no pair: other"),
     ),
@@ -557,7 +637,7 @@ def test_bad_checkpoint_input(tmp_path, capsys, monkeypatch, arguments, message)
 
 
 def test_no_safetensors_file(tmp_path, capsys):
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "model.SAFETENSORS"
     path.write_bytes(b"something else")
     assert main(["fold", str(path), "--pairs", "auto"]) == 2
     assert "no safetensors file" in one_line(capsys)

@@ -57,6 +57,13 @@ def test_a_changed_figure_is_noticed(report, tmp_path, monkeypatch):
     assert report.outdated() == [report.README, report.TABLES]
 
 
+def test_runs_are_compared(report):
+    one, nothing = report.Stored(report.STORED), report.Stored(report.STORED)
+    assert "ratios to peers: 790 of 790 within 5%, median 0.0%" in report.compare(one, one)
+    nothing.lines = []
+    assert "nothing in common" in report.compare(one, nothing)
+
+
 @pytest.mark.parametrize("text", ("no marks", "{end}{begin}", "{begin}{begin}{end}"))
 def test_a_readme_without_its_marks_is_refused(report, text):
     with pytest.raises(ValueError, match="expected"):
