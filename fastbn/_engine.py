@@ -144,7 +144,7 @@ def warmup() -> None:
 def usable_cpus() -> int:
     """Number of CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(os.getpid()))  # as at its start, whatever a thread that asks is pinned to
     return os.cpu_count() or 1
 
 
@@ -181,6 +181,39 @@ def get_num_threads() -> int:
         text = os.environ.get("FASTBN_NUM_THREADS", "").strip()
         _num_threads = _threads_from_text(text) if text else usable_cpus()
     return _num_threads
+
+
+class _Startable(threading.local):
+    most = 1  # threads that have run at once, the one that asks among them
+
+
+_startable = _Startable()
+
+
+def can_start(threads: int) -> bool:
+    """Whether so many threads can run at once, the calling one among them.
+
+    Where they cannot, OpenMP ends the process, and Numba's workqueue waits for them for ever. Tried once in every
+    thread, since OpenMP makes a team for each.
+    """
+    return threads <= _startable.most or _tried_to_start(threads)
+
+
+def _tried_to_start(threads: int) -> bool:
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait, daemon=True) for _ in range(threads - 1)]
+    try:
+        for other in others:
+            other.start()
+    except (RuntimeError, MemoryError):
+        return False
+    finally:
+        done.set()
+        for other in others:
+            if other.ident is not None:
+                other.join()
+    _startable.most = threads
+    return True
 
 
 @contextmanager

@@ -23,7 +23,7 @@ SMALLEST = 1 << 20  # bytes from which an output comes from the pool; below, the
 DEFAULT_LIMIT = 1 << 30
 
 _blocks: list[Array] = []  # the one that was handed out last at the end
-_lock = threading.RLock()  # a finaliser that runs meanwhile may want an output too
+_lock = threading.RLock()  # a finaliser or a signal's handler that runs meanwhile may want an output too
 _limit: int | None = None
 
 
@@ -32,7 +32,7 @@ def empty_like(x: Array) -> Array:
     if x.nbytes < SMALLEST:
         return np.empty_like(x)
     if x.nbytes > get_pool_limit():
-        return _made(lambda: np.empty_like(x))
+        return _made(lambda: np.empty_like(x), release_pool)
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     flat = _take(x.nbytes).view(x.dtype)
     return flat.reshape([x.shape[i] for i in order]).transpose(np.argsort(order))
@@ -42,34 +42,45 @@ def _take(nbytes: int) -> Array:
     """So many bytes of a block that nobody sees any more and that is not much too large, else of a new one."""
     with _lock:
         size = nbytes + LINE
-        block = _taken_out(size)
-        if block is None:
-            _drop(get_pool_limit() - size)
-            block = _made(lambda: np.empty(size, np.uint8))
-        _blocks.append(block)
+        blocks = _all()
+        try:
+            block = _taken_out(blocks, size)
+            if block is None:
+                _drop(blocks, get_pool_limit() - size)
+                block = _made(lambda: np.empty(size, np.uint8), lambda: _drop(blocks, 0))
+            blocks.append(block)
+        finally:
+            _blocks[:0] = blocks
         start = -block.__array_interface__["data"][0] % LINE
         return block[start : start + nbytes]
 
 
-def _made(make: Callable[[], Array]) -> Array:
+def _all() -> list[Array]:
+    """All blocks, out of the pool: what a finaliser or a signal's handler asks of it meanwhile, it does with none."""
+    blocks = _blocks.copy()
+    _blocks.clear()
+    return blocks
+
+
+def _made(make: Callable[[], Array], give_back: Callable[[], int]) -> Array:
     """A new array; where there is no memory left for it, in what the pool gives back."""
     try:
         return make()
     except MemoryError:
-        if not release_pool():
+        if not give_back():
             raise
         return make()
 
 
-def _taken_out(size: int) -> Array | None:
-    """A block of about that size that nobody sees, out of the pool: no finaliser that runs from now on can take it."""
+def _taken_out(blocks: list[Array], size: int) -> Array | None:
+    """A block of about that size that nobody sees, out of these."""
     i = 0
-    while i < len(_blocks):
-        if size <= _blocks[i].size <= size + size // 4:
-            block = _blocks.pop(i)
+    while i < len(blocks):
+        if size <= blocks[i].size <= size + size // 4:
+            block = blocks.pop(i)
             if _references(block) == _ALONE and not weakref.getweakrefcount(block):
                 return block
-            _blocks.insert(i, block)
+            blocks.insert(i, block)
         i += 1
     return None
 
@@ -86,16 +97,16 @@ def _references_of_one() -> int:
 _ALONE = _references_of_one()  # what is counted for a block that one variable refers to
 
 
-def _drop(room: int) -> int:
-    """Forget blocks until the pool holds no more than `room` bytes: first unseen ones, whose memory is free then."""
-    held = sum(block.size for block in _blocks)
+def _drop(blocks: list[Array], room: int) -> int:
+    """Forget blocks until these are no more than `room` bytes: first unseen ones, whose memory is free then."""
+    held = sum(block.size for block in blocks)
     freed = 0
     for unseen in (True, False):
         i = 0
-        while held > max(room, 0) and i < len(_blocks):
-            block = _blocks.pop(i)
+        while held > max(room, 0) and i < len(blocks):
+            block = blocks.pop(i)
             if unseen and _references(block) != _ALONE:
-                _blocks.insert(i, block)
+                blocks.insert(i, block)
                 i += 1
                 continue
             held -= block.size
@@ -140,7 +151,7 @@ def set_pool_limit(nbytes: int) -> None:
     limit = _checked(nbytes)
     with _lock:
         _limit = limit
-        _drop(limit)
+        _shrink(limit)
 
 
 def _checked(nbytes: int) -> int:
@@ -160,7 +171,15 @@ def release_pool() -> int:
         The number of bytes.
     """
     with _lock:
-        return _drop(0)
+        return _shrink(0)
+
+
+def _shrink(room: int) -> int:
+    blocks = _all()
+    try:
+        return _drop(blocks, room)
+    finally:
+        _blocks[:0] = blocks
 
 
 def _after_fork_in_child() -> None:

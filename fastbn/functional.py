@@ -296,15 +296,19 @@ def _normalize_batch(
     slope: float,
     out: Array | None,
     factor: float | None = None,
+    norm: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Training forward: the batch's statistics, then the output; the running statistics follow by `factor`, if any."""
+    """Training forward: the batch's statistics, then the output; the running statistics follow by `factor`, if any.
+
+    `norm` (6, C) is written when they have followed, which may be told even where a signal is raised behind it.
+    """
     eps = _training_eps(eps)
     count = xv.n * xv.s
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {xv.array.shape}")
     backend = kernels()
     y, res, signs, overwritten = _prepare(backend, xv, residual, slope, out, parameters[:2])
-    norm = np.empty((6, xv.c))
+    norm = np.empty((6, xv.c)) if norm is None else norm
     if xv.array.size:
         backend.forward(xv.array, res, parameters, True, factor, eps, slope, xv.n, xv.c, xv.s, y, signs, norm)
     else:

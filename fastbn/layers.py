@@ -35,6 +35,8 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ScaleShift"]
 
 Activation = str | tuple[str, float] | None
 
+UNWRITTEN = -1.0  # in the place of an invstd, which is never negative
+
 
 class IncompatibleKeys(NamedTuple):
     """What `load_state_dict` with ``strict=False`` passed over."""
@@ -143,7 +145,14 @@ class _BatchNorm:
             y, saved = self._detour.forward(self, Inputs(xv, residual, out, parameters))
         elif self.training or parameters.running_mean is None:
             factor = self._factor(parameters) if self.training else None
-            y, saved = F._normalize_batch(xv, residual, parameters, self.eps, self._slope, out, factor)
+            norm = np.empty((6, xv.c))
+            norm[2, 0] = UNWRITTEN
+            try:
+                y, saved = F._normalize_batch(xv, residual, parameters, self.eps, self._slope, out, factor, norm)
+            except BaseException:  # Ctrl-C while a kernel runs is raised when it is done: the statistics have followed
+                if factor is not None and array.size and norm[2, 0] != UNWRITTEN:
+                    self._tracked(parameters)
+                raise
             if factor is not None and array.size:
                 self._tracked(parameters)
         else:

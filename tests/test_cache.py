@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ pytest.importorskip("numba")
 from numba import types
 
 from fastbn.backends import _images, _plan, numba_  # they import Numba
-from fastbn.backends._numba import buffers, cache, channels, compiler, images, job, prepare, vectors
+from fastbn.backends._numba import buffers, cache, channels, compiler, images, job, prepare, shares, vectors
 
 
 @pytest.fixture
@@ -94,6 +95,23 @@ def test_a_folder_in_the_place_of_the_file(folder):
     assert [path.name for path in folder.iterdir()] == [file.name]
 
 
+def test_a_file_under_another_kernel_s_name(folder, monkeypatch):
+    compiled()
+    (file,) = folder.iterdir()
+    monkeypatch.setattr(cache, "file_name", lambda *_: "other.fastbn")
+    file.rename(folder / "other.fastbn")
+    assert [compiled(), compiled()] == ["compiled", "loaded"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes; CI runs where there are")
+def test_a_pipe_in_the_place_of_the_file(folder):
+    compiled()
+    (file,) = folder.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert [compiled(), compiled()] == ["compiled", "loaded"]
+
+
 def test_without_a_folder_it_is_compiled_each_time(folder, monkeypatch):
     (folder / "file").touch()
     monkeypatch.setattr(cache.config, "CACHE_DIR", str(folder / "file" / "below"))
@@ -160,6 +178,7 @@ def changed(module: ModuleType, before: str, after: str, folder: Path) -> str | 
     (
         (vectors, '"llvm.fma."', '"llvm.fmuladd."'),
         (job, '"eps"', '"momentum"'),
+        (shares, "count - 1", "count"),
         (compiler, 'error_model="numpy"', 'error_model="python"'),
         (buffers, "icmp_unsigned", "icmp_signed"),
         (prepare, 'error_model="numpy"', 'error_model="python"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -148,6 +149,22 @@ def test_number_of_threads_out_of_range(n, error):
         else type(n).__name__ in str(raised.value)
     )
     assert fastbn.get_num_threads() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux pins threads; CI runs there")
+def test_a_thread_that_is_pinned_leaves_the_others_their_cpus():
+    code = f"""
+import os, threading, fastbn
+def pinned():
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    assert fastbn.get_num_threads() == {CPUS}
+    fastbn.set_num_threads({CPUS})
+thread = threading.Thread(target=pinned)
+thread.start()
+thread.join()
+assert fastbn.get_num_threads() == {CPUS}
+"""
+    assert not python(code).stderr
 
 
 @pytest.mark.parametrize("text, threads", (("", CPUS), (" ", CPUS), ("1", 1), (f" {CPUS} ", CPUS)))

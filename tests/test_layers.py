@@ -11,6 +11,7 @@ from cases import DTYPES, SMALL, Case
 from reference import assert_close, numerical_gradient
 
 import fastbn
+from fastbn._engine import kernels
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -532,3 +533,28 @@ def test_out_may_be_a_matrix():
     bn.backward(x, out=dx)
     np.testing.assert_array_equal(out, other(x))
     np.testing.assert_array_equal(dx, other.backward(x))
+
+
+@pytest.mark.parametrize("when", ("before", "behind"))
+@pytest.mark.parametrize("momentum", (0.25, None))
+@pytest.mark.usefixtures("backend")
+def test_an_interrupt_leaves_the_old_state_or_the_new_one(monkeypatch, momentum, when):
+    """Python raises what came while a kernel ran when it is done."""
+    x, backend = np.random.default_rng(0).standard_normal((5, 3), np.float32), kernels()
+    forward = backend.forward
+
+    def interrupted(*arguments):
+        if when == "behind":
+            forward(*arguments)
+        raise KeyboardInterrupt
+
+    bn, other = (fastbn.BatchNorm1d(3, momentum=momentum) for _ in range(2))
+    bn(x), other(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bn(x + 1)
+    if when == "behind":
+        other(x + 1)
+    for key, value in other.state_dict().items():
+        np.testing.assert_array_equal(bn.state_dict()[key], value)

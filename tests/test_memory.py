@@ -237,7 +237,7 @@ def test_memory_that_the_pool_keeps_is_given_back_before_there_is_none(values, m
 
     def scarce(make):
         def made(*arguments):
-            if _memory._blocks:
+            if not refused:
                 refused.append(arguments)
                 raise MemoryError
             return make(*arguments)
@@ -249,6 +249,7 @@ def test_memory_that_the_pool_keeps_is_given_back_before_there_is_none(values, m
             patch.setattr(_memory.np, name, scarce(getattr(np, name)))
         assert _memory.empty_like(values).shape == values.shape
     assert len(refused) == 1
+    assert [block.nbytes > values.nbytes for block in _memory._blocks] == [True] * (values is ZEROS)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +275,12 @@ def test_nonsense_in_the_environment_is_an_error(text):
         assert word in result.stderr
 
 
+MEANWHILE = {"nothing": lambda: None, "release": fastbn.release_pool, "limit": lambda: fastbn.set_pool_limit(64 * MIB)}
+
+
 @pytest.mark.usefixtures("keep_collector")
-def test_a_finaliser_gets_memory_of_its_own():
+@pytest.mark.parametrize("meanwhile", MEANWHILE.values(), ids=MEANWHILE)
+def test_a_finaliser_gets_memory_of_its_own(meanwhile):
     """Whenever the collector runs while an output is made, what a finaliser makes then lies elsewhere."""
 
     class Node:
@@ -284,6 +289,7 @@ def test_a_finaliser_gets_memory_of_its_own():
 
         def __del__(self) -> None:
             self.kept.append(_memory.empty_like(ZEROS))
+            meanwhile()
 
     _memory.empty_like(ZEROS)
     gc.collect()

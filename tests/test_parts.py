@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from contextlib import suppress
@@ -23,7 +24,7 @@ DOUBLES = types.CPointer(types.float64)
 CALLED = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_double))
 MODULE = "fastbn.backends._numba.parts"
 HERE = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_parts as t; "
-HELPS = HERE + "t.some().help_with({!r})"
+HELPS = HERE + "import os; t.some().help_with({!r}, os.getppid())"
 TAKES = "from pathlib import Path; [Path({0!r}, str(i) + '.taken').touch() for i in range(3)]; "
 
 
@@ -148,12 +149,13 @@ def test_no_process_is_left_by_an_interrupt():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="children do not learn there that their parent has gone")
-def test_a_process_that_is_left_alone_clears_up(tmp_path, monkeypatch):
-    parents = iter((1, 1, 2))
+@pytest.mark.parametrize("parents", ((2, 2), (1, 2, 2), (1, 1, 1, 2)), ids=("at once", "meanwhile", "at the end"))
+def test_a_process_that_is_left_alone_clears_up(tmp_path, monkeypatch, parents):
+    parents = iter(parents)
     monkeypatch.setattr(f"{MODULE}.os.getppid", lambda: next(parents))
     folder = tmp_path / "shared"
     folder.mkdir()
-    some().help_with(str(folder))
+    some().help_with(str(folder), 1)
     assert not folder.exists()
 
 
@@ -199,5 +201,5 @@ def test_an_interrupted_import_is_taken_up_again():
 
 
 def test_a_process_with_other_code_takes_nothing(tmp_path):
-    numba_.help_with("float32", str(tmp_path), "another key")
+    numba_.help_with("float32", str(tmp_path), "another key", os.getppid())
     assert not list(tmp_path.iterdir())

@@ -160,3 +160,42 @@ def test_a_child_that_is_the_first_to_import_fastbn(parent):
     orphan = FIRST.replace("in_child(compute)", ORPHAN)
     if parent == "OpenMP":
         python(STEPS + orphan.format(parent=before, child=child, threads=threads), **layer)
+
+
+WAITING = """
+import os, signal, threading, warnings
+import numpy as np
+import fastbn
+from fastbn.backends import numba_
+from numba.core.compiler_lock import global_compiler_lock
+
+warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside threads
+held, done = threading.Event(), threading.Event()
+def compile():
+    with global_compiler_lock:
+        held.set()
+        done.wait()
+threading.Thread(target=compile).start()
+held.wait()
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+child = os.fork()
+if not child:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)
+    fastbn.BatchNorm1d(2)(np.eye(2, dtype=np.float32))
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+done.set()
+fastbn.BatchNorm1d(2)(np.eye(2, dtype=np.float32))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork; CI runs where there is")
+def test_an_interrupt_while_a_fork_waits_for_the_compiler():
+    """The child can compile, and the parent does not give back a lock that it has not got."""
+    errors = python(WAITING, FASTBN_BACKEND="numba").stderr
+    assert errors.count("KeyboardInterrupt") == 1
+    assert "un-acquired" not in errors

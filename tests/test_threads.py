@@ -57,6 +57,27 @@ def test_callers_on_their_own_threads_get_their_own_results(backend):
             assert_identical(got, expected[k % 4])
 
 
+def test_without_room_for_more_threads_one_computes(backend, monkeypatch):
+    """OpenMP would end the process."""
+    case = Case((4, 32, 60, 30))
+    expected = [*everything(case, np.float32), fastbn.moments(np.ones((4, 3, 300, 300), np.uint8)).mean]
+    asked = []
+
+    def refused(_):
+        asked.append(1)
+        raise RuntimeError("can't start new thread")
+
+    def work():
+        with fastbn.use_backend(backend), monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            return [*everything(case, np.float32), fastbn.moments(np.ones((4, 3, 300, 300), np.uint8)).mean]
+
+    fastbn.set_num_threads(CPUS)
+    with ThreadPoolExecutor(1) as pool:  # a thread that has not yet computed
+        assert_identical(pool.submit(work).result(), expected)
+    assert bool(asked) == (CPUS > 1 and backend != "numpy")
+
+
 @pytest.mark.parametrize("backend", ("numba", "cython"), indirect=True, scope="module")
 def test_other_threads_run_meanwhile(backend):
     """Kernels release the interpreter lock: a thread that notes the time finds many times within a call."""

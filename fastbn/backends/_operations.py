@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn._channels import Parameters
-from fastbn._engine import get_num_threads
+from fastbn._engine import can_start, get_num_threads
 from fastbn.backends import _images, _plan, numpy_
-from fastbn.backends._plan import ROOM, cut
+from fastbn.backends._plan import ROOM, Plan, cut
 from fastbn.backends._trials import Trials
 
 Array = NDArray[Any]
+
+_THREADS = Plan._fields.index("threads")
 
 
 class Operations:
@@ -54,7 +56,10 @@ class Operations:
         self, flags: tuple[bool, bool, bool], x: Array, n: int, c: int, s: int, arrays: int, signs: Array | None = None
     ) -> tuple[Callable[..., None], Array, Array | None]:
         """Kernel, plan and room for x and so many arrays like it. Flags are the kernel's: backward, reduce, apply."""
-        kernel, plan, room = self._prepared(x.dtype, n, c, s, arrays, get_num_threads(), signs is not None, flags)
+        threads = get_num_threads()
+        kernel, plan, room, used = self._prepared(x.dtype, n, c, s, arrays, threads, signs is not None, flags)
+        if used > 1 and not can_start(used):
+            kernel, plan, room, _ = self._prepared(x.dtype, n, c, s, arrays, 1, signs is not None, flags)
         return kernel, kernel.plan if plan is None else plan, np.empty(room) if room > ROOM else None
 
     def _prepare(
@@ -67,11 +72,12 @@ class Operations:
         threads: int,
         signs: bool,
         flags: tuple[bool, bool, bool],
-    ) -> tuple[Any, Array | None, int]:
+    ) -> tuple[Any, Array | None, int, int]:
         _, reduce, apply = flags
         plans, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
         kernel = self._kernel_of(dtype)
-        return (Trials(kernel, plans), None, room) if apply and len(plans) > 1 else (kernel, plans[0], room)
+        used = int(plans[0][_THREADS])
+        return (Trials(kernel, plans), None, room, used) if apply and len(plans) > 1 else (kernel, plans[0], room, used)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:
         """Number of uint16 words that `signs` needs."""
@@ -97,6 +103,8 @@ class Operations:
             numpy_.moments(x, n, c, s, mean, rest, m2)
             return
         how = _images.cut(n, c, s, x.itemsize, min(get_num_threads(), self._most_threads()))
+        if not can_start(how.threads):
+            how = how._replace(threads=1)
         part = _images.room(how, x.dtype)
         kernel(*how, x, part)
         _images.finish(part, how, n, c, s, mean, rest, m2)

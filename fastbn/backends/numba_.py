@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import numba
@@ -64,7 +65,8 @@ def _parts_of(real: np.dtype[Any]) -> Parts:
     job = Job(from_dtype(real))
     functions = [(function, (job, *kinds)) for function, kinds in parts_in_order()]
     return Parts(
-        functions, lambda folder: f"import {__name__} as n; n.help_with({real.name!r}, {folder!r}, {_key()!r})"
+        functions,
+        lambda folder: f"import {__name__} as n; n.help_with({real.name!r}, {folder!r}, {_key()!r}, {os.getpid()})",
     )
 
 
@@ -73,10 +75,10 @@ def _key() -> str:
     return file_name("part", "", cpu_target.target_context.codegen(), str(_SOURCE))
 
 
-def help_with(dtype: str, folder: str, key: str) -> None:
-    """Compile parts of a kernel for another process, whose `_key` is this."""
+def help_with(dtype: str, folder: str, key: str, parent: int) -> None:
+    """Compile parts of a kernel for another process, whose `_key` and number these are."""
     if key == _key():
-        _parts_of(np.dtype(dtype)).help_with(folder)
+        _parts_of(np.dtype(dtype)).help_with(folder, parent)
 
 
 @functools.cache
@@ -115,7 +117,7 @@ def describe() -> list[tuple[str, str]]:
     folder = writable_folder()
     try:
         threading = layer()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         threading = f"none ({' '.join(str(error).split())})"
     cache = str(folder) if folder else f"none, for {' and '.join(map(str, folders()))} cannot be written"
     return [

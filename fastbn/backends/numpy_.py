@@ -75,9 +75,10 @@ def forward(
     if training:
         mean, rest, m2 = np.empty((3, c))
         moments(x, n, c, s, mean, rest, m2)
-        norm[:] = finish_statistics(n * s, mean, m2, parameters, eps)
+        found = finish_statistics(n * s, mean, m2, parameters, eps)
         if factor is not None and running_mean is not None and running_var is not None:
-            update_running(running_mean, running_var, norm, n * s, factor)
+            update_running(running_mean, running_var, found, n * s, factor)
+        norm[:] = found
     else:
         norm[:] = fold(parameters, eps)
     transform(x, residual, norm, slope, n, c, s, y, signs)

@@ -99,9 +99,10 @@ class Cache:
         rtsys.initialize(target)  # all of `refresh` that kernels need; the rest takes up to 0.6 seconds
         for folder in folders():
             try:
-                content = (folder / self._file(signature, target.codegen())).read_bytes()
+                path = folder / self._file(signature, target.codegen())
+                content = path.read_bytes() if path.is_file() else b""  # to read from a pipe may take for ever
                 data = content[_CHECKSUM:]
-                if hashlib.sha256(data).digest() == content[:_CHECKSUM]:
+                if _checksum(path, data) == content[:_CHECKSUM]:
                     parts, kernel = pickle.loads(data)  # noqa: S301  # as trusted as code
                     self._parts.load(parts)
                     return CompileResult._rebuild(target, *kernel)
@@ -123,7 +124,7 @@ class Cache:
             path = folder / self._file(signature, compiled.codegen)
             unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
             try:
-                unfinished.write_bytes(hashlib.sha256(data).digest() + data)
+                unfinished.write_bytes(_checksum(path, data) + data)
                 unfinished.replace(path)
             finally:
                 unfinished.unlink(missing_ok=True)
@@ -137,9 +138,15 @@ class Cache:
         return file_name(self._name, signature, codegen, self._source)
 
 
+def _checksum(path: Path, data: bytes) -> bytes:
+    """Of a file's name too: what is copied under another kernel's is none."""
+    return hashlib.sha256(path.name.encode() + data).digest()
+
+
 def file_name(name: str, signature: Any, codegen: Any, source: str) -> str:
     """A file's name: it says all that the machine code in it follows from."""
     settings = [getattr(config, name, None) for name in _SETTINGS]
-    versions = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag)
+    python = (sys.implementation.cache_tag, getattr(sys, "abiflags", ""), object.__basicsize__)
+    versions = (numba.__version__, llvmlite.__version__, *python)
     key = repr((versions, settings, str(signature), codegen.magic_tuple(), source))
     return f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.fastbn"

@@ -92,17 +92,20 @@ class Parts:
             if number not in self._made and not self._receive(number):
                 self._compile(number)
 
-    def help_with(self, folder: str) -> None:
+    def help_with(self, folder: str, parent: int) -> None:
         """Compile parts for the process that this folder belongs to, and clear up behind it if it has gone."""
-        self._folder, parent = Path(folder), os.getppid()
+        self._folder = Path(folder)
+        if sys.platform == "win32":  # where children do not learn that, and a virtual environment's Python has a parent
+            parent = os.getppid()
         for number in self._taken():
-            self._compile(number)
             if os.getppid() != parent:
-                shutil.rmtree(folder, ignore_errors=True)
-                return
+                break
+            self._compile(number)
             unfinished = self._folder / f"{number}.unfinished"
             unfinished.write_bytes(pickle.dumps(self._made[number]))
             unfinished.replace(self._folder / f"{number}.part")
+        if os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def packed(self) -> list[Packed] | None:
         """All parts for `load`, in another process; None where that cannot be."""

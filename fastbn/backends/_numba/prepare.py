@@ -13,6 +13,7 @@ import numba
 from numba import config, njit
 from numba.core.compiler_lock import global_compiler_lock
 
+from fastbn._engine import can_start
 from fastbn.backends._numba.buffers import entry_of
 from fastbn.backends._numba.cache import Cache
 from fastbn.backends._numba.parts import Parts
@@ -20,12 +21,30 @@ from fastbn.backends._numba.parts import Parts
 kept: list[Any] = []  # functions and parts whose machine code is called: it goes with the last reference to them
 _workqueue = threading.RLock()  # a signal's handler may interrupt a call, and call
 
-if hasattr(os, "register_at_fork"):  # a child of a thread that compiles would wait for ever for the lock
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Wait until no thread compiles: what it leaves half made would stay so in the child. Ctrl-C ends the waiting."""
+    _forking.holds = False
+    global_compiler_lock.acquire()
+    _forking.holds = True
+
+
+def _after_fork() -> None:
+    if _forking.holds:
+        global_compiler_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """Without the lock: a thread that there is no more may have it."""
+    if not _forking.holds:
+        type(global_compiler_lock).__init__(global_compiler_lock)
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def once(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,6 +67,8 @@ def prepared(
     if source is not None:
         function._cache = Cache(name, source, parts or Parts())
     try:
+        if parallel:
+            layer()
         function.compile(signature)
     except ValueError as error:
         settings = f"NUMBA_THREADING_LAYER is {config.THREADING_LAYER!r}, NUMBA_THREADING_LAYER_PRIORITY "
@@ -75,6 +96,11 @@ def one_at_a_time(function: Any, threads_of: Callable[[tuple[Any, ...]], int]) -
 
 
 def layer() -> str:
-    """Numba's threading layer, which starts here if it has not; raises ValueError where there is none."""
+    """Numba's threading layer, which starts here if it has not; raises ValueError where there is none.
+
+    And RuntimeError where its threads cannot be started, which workqueue would not notice.
+    """
+    if config.THREADING_LAYER == "workqueue" and not can_start(config.NUMBA_NUM_THREADS):
+        raise RuntimeError(f"Numba's layer workqueue cannot start its {config.NUMBA_NUM_THREADS} threads here")
     numba.get_num_threads()
     return str(numba.threading_layer())
