@@ -4,10 +4,10 @@ Design
 ------
 A. `_plan` says how a tensor is cut, this package computes: `channels` (scalars), `points` (one vector), `rows` and
    `columns` (the sums of the two nests), `output`, and `kernel`, the loops over all that. `images` has a kernel of its
-   own. Below are `vectors`, the `job` and `buffers` that arguments become, and how functions become machine code:
-   `compiler`, `parts`, `cache`, `prepare`. `fastbn_ext` has the same functions under the same names in files of these
-   names; what does not depend on the values' dtype is in common.h there, since the others are compiled once for each.
-   The files refer to this note by its letters.
+   own. Below are `vectors`, the `shares` of threads, the `job` and `buffers` that arguments become, and how functions
+   become machine code: `compiler`, `parts`, `cache`, `prepare`. `fastbn_ext` has the same functions under the same
+   names in files of these names; what does not depend on the values' dtype is in common.h there, since the others are
+   compiled once for each. The files refer to this note by its letters.
 B. Inner loops are written with the vectors of `vectors`; there is no fastmath, so every sum has one order and every
    result is bitwise reproducible. One subtraction and one fused multiply-add a value is all that a normalisation costs.
 C. Statistics of a block are sums of deviations from `shift`, one of the block's own values, in float64. Its distance
