@@ -12,6 +12,7 @@ from cases import CASES, DTYPES, Case
 from conftest import CPUS
 
 import fastbn
+from fastbn import _engine
 
 pytestmark = pytest.mark.usefixtures("backend", "keep_threads")
 
@@ -63,13 +64,13 @@ def test_without_room_for_more_threads_one_computes(backend, monkeypatch):
     expected = [*everything(case, np.float32), fastbn.moments(np.ones((4, 3, 300, 300), np.uint8)).mean]
     asked = []
 
-    def refused(_):
+    def refused(*_):
         asked.append(1)
         raise RuntimeError("can't start new thread")
 
     def work():
         with fastbn.use_backend(backend), monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refused)
+            patch.setattr(_engine, "start_new_thread", refused)
             return [*everything(case, np.float32), fastbn.moments(np.ones((4, 3, 300, 300), np.uint8)).mean]
 
     fastbn.set_num_threads(CPUS)
