@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from fastbn._channels import Parameters
 from fastbn._engine import can_start, get_num_threads
 from fastbn.backends import _images, _plan, numpy_
-from fastbn.backends._plan import ROOM, Plan, cut
+from fastbn.backends._plan import ROOM, THREADS, cut
 from fastbn.backends._trials import Trials
 
 Array = NDArray[Any]
-
-_THREADS = Plan._fields.index("threads")
 
 
 class Operations:
@@ -76,7 +74,7 @@ class Operations:
         _, reduce, apply = flags
         plans, room = cut(n, c, s, dtype.itemsize, arrays, min(threads, self._most_threads()), signs, reduce)
         kernel = self._kernel_of(dtype)
-        used = int(plans[0][_THREADS])
+        used = int(plans[0][THREADS])
         return (Trials(kernel, plans), None, room, used) if apply and len(plans) > 1 else (kernel, plans[0], room, used)
 
     def sign_words(self, n: int, c: int, s: int, itemsize: int) -> int:

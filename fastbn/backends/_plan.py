@@ -76,6 +76,9 @@ class Plan(NamedTuple):
     turns: bool  # row nest, not split: threads write in turn
 
 
+THREADS = Plan._fields.index("threads")
+
+
 def cut(
     n: int, c: int, s: int, itemsize: int, arrays: int, threads: int, signs: bool, reduce: bool
 ) -> tuple[list[NDArray[np.intp]], int]:

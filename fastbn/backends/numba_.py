@@ -34,14 +34,13 @@ from fastbn.backends._numba.job import Job, kinds_of
 from fastbn.backends._numba.parts import Parts
 from fastbn.backends._numba.prepare import kept, layer, once, one_at_a_time, prepared
 from fastbn.backends._operations import Operations
-from fastbn.backends._plan import LANES, Plan
+from fastbn.backends._plan import LANES, THREADS
 
 NAME = "numba"
 
 # All that kernels are compiled from.
 SOURCES = (channels, points, rows, output, columns, kernel, shares, vectors, compiler, prepare, buffers, job, _plan)
 _SOURCE = digest_of(SOURCES)
-_THREADS = Plan._fields.index("threads")
 
 
 @once
@@ -58,7 +57,7 @@ def _compiled(real: np.dtype[Any]) -> Any:
         function = prepared(kernel.kernel, f"kernel-{real}", _SOURCE, signature, parts, parallel=True)
         parts.finish()
     kept.append(parts)
-    return functools.partial(one_at_a_time(function, lambda arguments: arguments[4][_THREADS]), parts.table)
+    return functools.partial(one_at_a_time(function, lambda arguments: arguments[4][THREADS]), parts.table)
 
 
 def _parts_of(real: np.dtype[Any]) -> Parts:
