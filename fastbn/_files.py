@@ -31,11 +31,22 @@ def read_npz(file: Path | IO[bytes], names: Collection[str] | None = None) -> di
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if names is None or key in names}
     except Exception as error:  # a damaged one raises what zipfile, zlib, lzma, tokenize or the allocator has for it
+        if isinstance(error, OSError) and error.errno is not None:  # the disk does
+            raise
         raise ValueError(f"{name} is not an .npz file that can be read: {error}") from error
     other = next((key for key, value in arrays.items() if not isinstance(value, np.ndarray)), None)
     if other is not None:
         raise ValueError(f"{name} is not an .npz file of arrays alone: it holds {other}")
     return arrays
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Say whether the bytes of a path are UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def put(aside: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     try:
         with _warnings_in_one_line():
-            if not args.json:
-                _require_rich()
+            if not args.json and not _has_rich():
+                raise ImportError("tables need rich: pip install rich (--json does without)")
             if _is_checkpoint(args.input):
                 return _fold_checkpoint(args)
             return _fold_model(args)
@@ -121,11 +122,8 @@ def _is_checkpoint(path: Path) -> bool:
     return path.suffix.lower() == CHECKPOINT
 
 
-def _require_rich() -> None:
-    try:
-        import rich  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError("tables need rich: pip install rich (--json does without)") from error
+def _has_rich() -> bool:
+    return find_spec("rich") is not None
 
 
 # --- ONNX models -----------------------------------------------------------------------------------------------------
@@ -425,15 +423,11 @@ def _print_written(output: Path | None) -> None:
 @contextmanager
 def _progress(what: str) -> Iterator[Progress]:
     """Show a bar on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not _has_rich():
         yield lambda *_: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-    except ModuleNotFoundError:
-        yield lambda *_: None
-        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)

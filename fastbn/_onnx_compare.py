@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto, helper
 
+from fastbn._files import is_utf8
 from fastbn._onnx_graph import tensors
 
 Array = NDArray[Any]
@@ -71,15 +72,6 @@ def run(model: ModelProto | str | os.PathLike[str], inputs: Mapping[str, Array])
     except _exceptions(errors) as error:
         raise RunError(str(error).strip().splitlines()[0]) from error
     return dict(zip(names, results, strict=True))
-
-
-def is_utf8(path: str | os.PathLike[str]) -> bool:
-    """Say whether the bytes of a path are UTF-8."""
-    try:
-        os.fsencode(path).decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _exceptions(module: ModuleType) -> tuple[type[Exception], ...]:

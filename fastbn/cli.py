@@ -21,6 +21,7 @@ from typing import NoReturn
 import fastbn
 from fastbn import _fold_command
 from fastbn._engine import BACKENDS
+from fastbn._files import is_utf8
 
 USER_ERROR = 2
 SIGNALLED = 128  # and the signal's number
@@ -137,7 +138,6 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(args: argparse.Namespace) -> int:
     try:
         from fastbn import demo
-        from fastbn._onnx_compare import is_utf8
     except ImportError as error:
         return _fail("demo", f'{error}; what the demo needs is installed by: pip install "fastbn[demo]"')
     try:

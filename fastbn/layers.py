@@ -145,15 +145,16 @@ class _BatchNorm:
             y, saved = self._detour.forward(self, Inputs(xv, residual, out, parameters))
         elif self.training or parameters.running_mean is None:
             factor = self._factor(parameters) if self.training else None
+            follow = factor is not None and array.size > 0
             norm = np.empty((6, xv.c))
             norm[2, 0] = UNWRITTEN
             try:
                 y, saved = F._normalize_batch(xv, residual, parameters, self.eps, self._slope, out, factor, norm)
             except BaseException:  # Ctrl-C while a kernel runs is raised when it is done: the statistics have followed
-                if factor is not None and array.size and norm[2, 0] != UNWRITTEN:
+                if follow and norm[2, 0] != UNWRITTEN:
                     self._tracked(parameters)
                 raise
-            if factor is not None and array.size:
+            if follow:
                 self._tracked(parameters)
         else:
             y, saved = F._normalize_running(xv, residual, parameters, self.eps, self._slope, out)

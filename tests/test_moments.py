@@ -467,3 +467,14 @@ def test_files_of_something_else_are_refused(tmp_path):
             Moments.load(path)
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "none.npz")
+
+
+def test_a_disk_that_cannot_be_read_is_no_damaged_file(tmp_path, monkeypatch):
+    fastbn.Moments.empty(2).save(tmp_path / "m.npz")
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        fastbn.Moments.load(tmp_path / "m.npz")
